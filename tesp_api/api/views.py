@@ -1,0 +1,85 @@
+"""What a task looks like from outside, in its three views, and the response class for all answers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic_core import from_json
+from starlette.responses import JSONResponse
+
+from tesp_api.task import Attempt, Bodies, Task, rfc3339
+from tesp_api.tes import TesState, TesView
+
+Document = dict[str, Any]
+
+_NOTHING = Bodies()
+
+
+class Json(JSONResponse):
+    """JSON in UTF-8. Text that UTF-8 cannot hold (a node may send anything) becomes question marks."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def show(task: Task, view: TesView, *, fold_canceling: bool = False) -> Document:
+    """The task as a TES document; it must have been loaded in this view at least.
+
+    `fold_canceling` shows CANCELING as the state before, for clients that do not know that word.
+    """
+    state = _before_canceling(task) if fold_canceling and task.state is TesState.CANCELING else task.state
+    document: Document = {"id": task.id, "state": state.value}
+    if view is TesView.MINIMAL:
+        return document
+    document.update(from_json(task.document))
+    document["creation_time"] = rfc3339(task.created)
+    if view is TesView.BASIC:
+        logs = [_basic_log(attempt) for attempt in task.attempts]
+    else:
+        bodies = task.bodies or _NOTHING
+        for index, content in bodies.contents.items():
+            document["inputs"][index]["content"] = content
+        logs = _full_logs(task, bodies)
+    if logs:
+        document["logs"] = logs
+    return document
+
+
+def _before_canceling(task: Task) -> TesState:
+    attempt = task.attempt  # not loaded in the MINIMAL view
+    if attempt is not None and attempt.submitted is None and not attempt.log.logs:
+        return TesState.INITIALIZING
+    return TesState.RUNNING
+
+
+def _log(attempt: Attempt) -> Document:
+    return attempt.log.model_dump(mode="json", exclude_none=True)
+
+
+def _basic_log(attempt: Attempt) -> Document:
+    log = _log(attempt)
+    log.pop("system_logs", None)
+    for executor in log["logs"]:
+        executor.pop("stdout", None)
+        executor.pop("stderr", None)
+    return log
+
+
+def _full_logs(task: Task, bodies: Bodies) -> list[Document]:
+    logs = []
+    for attempt in task.attempts:
+        log = _log(attempt)
+        for index, executor in enumerate(log["logs"]):
+            for name in ("stdout", "stderr"):
+                text = bodies.streams.get((attempt.number, index, name))
+                if text is not None:
+                    executor[name] = text
+        if lines := bodies.system.get(attempt.number):
+            log["system_logs"] = [*log.get("system_logs", ()), *lines]
+        logs.append(log)
+    if early := bodies.system.get(0):  # said before there was any attempt
+        if not logs:
+            logs.append({"logs": [], "outputs": []})
+        logs[0]["system_logs"] = [*early, *logs[0].get("system_logs", ())]
+    return logs

@@ -1,0 +1,250 @@
+"""From a task to the node's job document. Pure: the same task and site facts always give the same plan.
+
+The heart is the choice of mounts, which golden files pin for each shape that real clients send. What must be a
+directory of its own: volumes, DIRECTORY inputs and outputs, the parents of FILE outputs, of stdio files and of patterns,
+and `/tmp` as soon as anything lies below it. Of nested ones only the outermost is mounted. A directory that belongs to
+the image (`/`, `/etc`, `/usr`, ...) is never covered: then the single file is mounted. FILE inputs inside a mounted
+directory are plain files there, others are mounted one by one. A `workdir` alone makes no mount.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable, Sequence
+from urllib.parse import unquote, urlsplit
+
+from tesp_api.errors import PlanError
+from tesp_api.runner import job
+from tesp_api.sites import SiteFacts
+from tesp_api.task import Attempt, Task
+from tesp_api.tes import WILDCARDS, TesFileType, TesInput, TesTask
+
+IMAGE_TREES = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/proc", "/sbin", "/sys", "/usr")
+"""Whatever lies in these belongs to the image."""
+
+IMAGE_DIRECTORIES = frozenset(
+    ("/", "/home", "/media", "/mnt", "/opt", "/root", "/run", "/srv", "/var", "/var/cache", "/var/lib", "/var/log")
+    + ("/var/run", "/var/spool", "/var/tmp")  # noqa: S108 - names in containers
+)
+"""These belong to the image, but directories inside may be the task's."""
+
+TMP = "/tmp"  # noqa: S108 - a name in containers
+GIB = 1 << 30
+
+
+def plan(task: Task, facts: SiteFacts) -> job.Plan:
+    """The plan of the task's current attempt; `task.bodies` must hold the input contents.
+
+    PlanError names the field that the site cannot fulfil.
+    """
+    attempt = task.attempt
+    if attempt is None:
+        raise ValueError(f"task {task.id} has no attempt to plan")
+    spec = task.spec
+    _check_file_urls(spec, facts)
+    live = _live_inputs(spec, facts)
+    directories = _directories(spec, live)
+    resources = spec.resources
+    return job.Plan(
+        job_id=attempt.job_id,
+        task_id=task.id,
+        executors=[
+            job.Executor(
+                image=each.image,
+                command=list(each.command),
+                workdir=each.workdir,
+                stdin=_clean(each.stdin),
+                stdout=_clean(each.stdout),
+                stderr=_clean(each.stderr),
+                env=dict(each.env or {}),
+                ignore_error=bool(each.ignore_error),
+            )
+            for each in spec.executors
+        ],
+        inputs=_inputs(task, spec, live),
+        outputs=[
+            job.Output(
+                path=_path(each.path),
+                url=each.url,
+                kind=each.type,
+                prefix=_path(each.path_prefix) if _is_pattern(each.path) and each.path_prefix else None,
+            )
+            for each in spec.outputs or ()
+        ],
+        mounts=_mounts(spec, directories, live),
+        cpus=float(resources.cpu_cores) if resources and resources.cpu_cores else None,
+        # GB is read as 2^30: clients differ, and a limit must not be tighter than what was asked for.
+        ram_bytes=int(resources.ram_gb * GIB) if resources and resources.ram_gb else None,
+        runtime=facts.runtime,
+        file_roots=list(facts.file_roots),
+        log_bytes=facts.log_bytes,
+    )
+
+
+def _path(path: str) -> str:
+    """An absolute container path in its plain form: no doubled or trailing slashes."""
+    return "/" + posixpath.normpath(path).lstrip("/")
+
+
+def _clean(path: str | None) -> str | None:
+    return None if path is None else _path(path)
+
+
+def _is_pattern(path: str) -> bool:
+    return any(sign in WILDCARDS for sign in path)
+
+
+def _is_below(path: str, directory: str) -> bool:
+    """Whether `path` is `directory` or lies in it."""
+    return path == directory or directory == "/" or path.startswith(directory + "/")
+
+
+def _belongs_to_image(directory: str) -> bool:
+    return directory in IMAGE_DIRECTORIES or any(_is_below(directory, tree) for tree in IMAGE_TREES)
+
+
+# Files of the node
+
+
+def file_path(url: str) -> str | None:
+    """The node's path that a `file:` URL or bare absolute path names; None for other URLs."""
+    if url.startswith("/"):
+        return _path(url)
+    parts = urlsplit(url)
+    if parts.scheme.lower() != "file":
+        return None
+    return _path(unquote(parts.path)) if parts.path else None
+
+
+def _check_file_urls(spec: TesTask, facts: SiteFacts) -> None:
+    """A first look, for a clear message; the runner checks again on the node, links included."""
+    named = [(f"inputs[{at}].url", each.url, False) for at, each in enumerate(spec.inputs or ()) if not each.content]
+    named += [(f"outputs[{at}].url", each.url, True) for at, each in enumerate(spec.outputs or ())]
+    for field, url, write in named:
+        path = file_path(url) if url else None
+        if path is None or _root_of(path, facts.file_roots, write=write) is not None:
+            continue
+        roots = ", ".join(root.path for root in facts.file_roots if root.write or not write)
+        allowed = f"only below {roots}" if roots else "none, as no file_roots are set"
+        raise PlanError(f"{field}: {url} is not open to tasks; the site {facts.name!r} allows files {allowed}.")
+
+
+def _root_of(path: str, roots: Sequence[job.FileRoot], *, write: bool) -> job.FileRoot | None:
+    for root in roots:
+        if _is_below(path, _path(root.path)) and (root.write or not write):
+            return root
+    return None
+
+
+def _live_inputs(spec: TesTask, facts: SiteFacts) -> dict[int, job.Mount]:
+    """Inputs that are not copied but mounted, because their root says so: input index -> mount."""
+    live = {}
+    for index, item in enumerate(spec.inputs or ()):
+        path = file_path(item.url) if item.url and not item.content else None
+        root = _root_of(path, facts.file_roots, write=False) if path else None
+        if path and root and root.mount:
+            live[index] = job.Mount(target=_path(item.path), at=path, kind=item.type, read_only=not root.write)
+    return live
+
+
+# Mounts
+
+
+def _directories(spec: TesTask, live: dict[int, job.Mount]) -> list[str]:
+    """The container directories to mount, outermost only, sorted."""
+    wanted: set[str] = set()
+    for index, item in enumerate(spec.inputs or ()):
+        path = _path(item.path)
+        if item.type is TesFileType.DIRECTORY and index not in live:
+            wanted.add(_whole(path, f"inputs[{index}].path"))
+    for index, each in enumerate(spec.outputs or ()):
+        path = _path(each.path)
+        if _is_pattern(path):
+            wanted.add(_whole(_literal_parent(path), f"outputs[{index}].path"))
+        elif each.type is TesFileType.DIRECTORY:
+            wanted.add(_whole(path, f"outputs[{index}].path"))
+    for index, volume in enumerate(spec.volumes or ()):
+        wanted.add(_whole(_path(volume), f"volumes[{index}]"))
+    parents = {posixpath.dirname(path) for path in _single_files(spec)}
+    wanted |= {parent for parent in parents if not _belongs_to_image(parent)}
+    everything = [*wanted, *(_path(item.path) for item in spec.inputs or ()), *_single_files(spec)]
+    if any(_is_below(path, TMP) for path in everything):
+        wanted.add(TMP)
+    return sorted(path for path in wanted if not any(path != other and _is_below(path, other) for other in wanted))
+
+
+def _whole(directory: str, field: str) -> str:
+    """A directory that the task names itself. It may cover the image's, but not what every program needs."""
+    if directory == "/" or any(_is_below(directory, tree) for tree in IMAGE_TREES):
+        raise PlanError(f"{field}: {directory} belongs to the image and cannot be a directory of the task.")
+    return directory
+
+
+def _literal_parent(pattern: str) -> str:
+    """The directory of the first component with a wildcard."""
+    parts = pattern.split("/")
+    at = next(index for index, part in enumerate(parts) if _is_pattern(part))
+    return "/".join(parts[:at]) or "/"
+
+
+def _single_files(spec: TesTask) -> list[str]:
+    """FILE outputs and stdio files, in the order of the task; a stdin that is an input is left to the inputs."""
+    files = [
+        _path(each.path)
+        for each in spec.outputs or ()
+        if each.type is not TesFileType.DIRECTORY and not _is_pattern(each.path)
+    ]
+    given = {_path(item.path) for item in spec.inputs or ()}
+    for executor in spec.executors:
+        if executor.stdin and _path(executor.stdin) not in given:
+            files.append(_path(executor.stdin))
+        files += [_path(path) for path in (executor.stdout, executor.stderr) if path]
+    return list(dict.fromkeys(files))
+
+
+def _mounts(spec: TesTask, directories: list[str], live: dict[int, job.Mount]) -> list[job.Mount]:
+    mounts = [job.Mount(target=path, at=f"directories/{at}") for at, path in enumerate(directories)]
+    files = [
+        _path(item.path)
+        for index, item in enumerate(spec.inputs or ())
+        if item.type is not TesFileType.DIRECTORY and index not in live
+    ]
+    inputs = set(files)
+    live_targets = {mount.target for mount in live.values()}
+    single = [
+        path
+        for path in dict.fromkeys([*files, *_single_files(spec)])
+        if not any(_is_below(path, directory) for directory in (*directories, *live_targets))
+    ]
+    _check_overlaps(inputs, directories)
+    mounts += [job.Mount(target=path, at=f"files/{at}", kind=job.FILE) for at, path in enumerate(single)]
+    mounts += list(live.values())
+    return sorted(mounts, key=lambda mount: mount.target.count("/") if mount.target != "/" else 0)
+
+
+def _check_overlaps(files: Iterable[str], directories: Sequence[str]) -> None:
+    """A path cannot be a file and a directory."""
+    files = set(files)
+    for path in files:
+        if path in directories:
+            raise PlanError(f"inputs: {path} would have to be both a file and a directory.")
+        parent = posixpath.dirname(path)
+        while parent != "/":
+            if parent in files:
+                raise PlanError(f"inputs: {parent} would have to be both a file and a directory, because of {path}.")
+            parent = posixpath.dirname(parent)
+
+
+def _inputs(task: Task, spec: TesTask, live: dict[int, job.Mount]) -> list[job.Input]:
+    contents = task.bodies.contents if task.bodies else {}
+    return [_input(item, contents.get(index)) for index, item in enumerate(spec.inputs or ()) if index not in live]
+
+
+def _input(item: TesInput, content: str | None) -> job.Input:
+    path = _path(item.path)
+    if content or not item.url:
+        return job.Input(path=path, kind=job.FILE, content=content or "")
+    return job.Input(path=path, kind=item.type, url=item.url)
+
+
+__all__ = ["Attempt", "file_path", "plan"]

@@ -1,0 +1,167 @@
+"""Due tasks that are not QUEUED: look at their jobs, fulfil cancels, clean up after the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping
+
+from tesp_api import lifecycle
+from tesp_api.dispatch.record import record
+from tesp_api.errors import SiteError
+from tesp_api.lifecycle import Policy
+from tesp_api.sites import Site
+from tesp_api.store import TaskStore
+from tesp_api.task import Attempt, Observation, Phase, Task, task_of
+from tesp_api.tes import TesState, TesView
+
+log = logging.getLogger(__name__)
+
+BATCH = 128
+
+Submit = Callable[[Task], Awaitable[None]]
+
+
+class Poller:
+    """Looks at due jobs. `submit` repeats a submit whose answer was lost (the dispatcher's)."""
+
+    name = "poller"
+
+    def __init__(
+        self, store: TaskStore, sites: Mapping[str, Site], policies: Mapping[str, Policy], submit: Submit
+    ) -> None:
+        self._store = store
+        self._sites = sites
+        self._policies = policies
+        self._lease = min((policy.lease for policy in policies.values()), default=Policy().lease)
+        self._submit = submit
+        self._at_work: set[asyncio.Task[None]] = set()
+
+    async def tick(self) -> int:
+        """Take what is due and start one look per site; how many tasks were taken."""
+        tasks = await self._store.take_due(queued=False, now=time.time(), lease=self._lease, limit=BATCH)
+        by_site: dict[str, list[Task]] = defaultdict(list)
+        for task in tasks:
+            if task.final:
+                self._start(self._clean_up(task), f"clean up {task.id}")
+            elif task.attempt is not None:
+                by_site[task.attempt.site].append(task)
+        for name, group in by_site.items():
+            # A slow or dead site must not keep the others waiting, so each group goes its own way.
+            self._start(self._look(name, group), f"look at {name}")
+        return len(tasks)
+
+    async def next_due(self) -> float | None:
+        """When the next job is to be looked at."""
+        return await self._store.next_due(queued=False)
+
+    async def drain(self) -> None:
+        """Wait for the looks under way."""
+        while self._at_work:
+            await asyncio.wait(self._at_work)
+
+    def _start(self, work: Awaitable[None], name: str) -> None:
+        under_way: asyncio.Task[None] = asyncio.create_task(work, name=name)  # type: ignore[arg-type]
+        self._at_work.add(under_way)
+        under_way.add_done_callback(self._done)
+
+    def _done(self, under_way: asyncio.Task[None]) -> None:
+        self._at_work.discard(under_way)
+        if not under_way.cancelled() and (error := under_way.exception()) is not None:
+            # The lease brings the tasks back; nothing is lost.
+            log.error("%s failed", under_way.get_name(), exc_info=error)
+
+    async def _look(self, name: str, tasks: list[Task]) -> None:
+        site = self._sites.get(name)
+        if site is None:
+            reason = f"The site {name!r} is not configured any more."
+            for task in tasks:
+                await record(self._store, task, lambda task: _give_up(task, reason))
+            return
+        policy = self._policies[name]
+        tasks = await asyncio.gather(*(self._fulfil_cancel(site, task, policy) for task in tasks))
+        by_job = {task.attempt.job_id: task for task in tasks if task.attempt is not None}
+        try:
+            async with asyncio.timeout(0.7 * policy.lease):
+                seen = {each.job_id: each for each in await site.observe(list(by_job))}
+        except (SiteError, TimeoutError) as error:
+            reason = str(error) or "It did not answer in time."
+            for task in by_job.values():
+                await record(self._store, task, lambda task: _silent(task, reason, policy))
+            return
+        notes = (
+            self._note(task, seen.get(job_id) or Observation(job_id=job_id, phase=Phase.UNKNOWN), policy)
+            for job_id, task in by_job.items()
+        )
+        await asyncio.gather(*notes)
+
+    async def _fulfil_cancel(self, site: Site, task: Task, policy: Policy) -> Task:
+        force = lifecycle.must_stop(task, time.time(), policy)
+        if force is None or task.attempt is None:
+            return task
+        try:
+            await site.cancel(task.attempt.job_id, force=force)
+        except SiteError as error:
+            log.info("cancel of %s: %s", task.attempt.job_id, error)
+            return task
+        asked = await record(self._store, task, lambda task: lifecycle.asked_to_stop(task, time.time()))
+        return asked or task
+
+    async def _note(self, task: Task, seen: Observation, policy: Policy) -> None:
+        attempt = task.attempt
+        if (
+            seen.phase is Phase.UNKNOWN
+            and seen.result is None
+            and task.state is TesState.INITIALIZING
+            and attempt is not None
+            and attempt.submitted is None
+        ):
+            await self._submit(task)  # the submit was lost, or we were killed before it
+            return
+        now = time.time()
+        await record(
+            self._store,
+            task,
+            lambda task: lifecycle.never_stopped(task, now, policy) or lifecycle.observed(task, seen, now, policy),
+        )
+
+    async def note(self, seen: Observation) -> None:
+        """Take an observation that a site has pushed; one about a task that we do not have is dropped."""
+        try:
+            task_id, _ = task_of(seen.job_id)
+        except ValueError:
+            return
+        task = await self._store.get(task_id, TesView.BASIC)
+        if task is not None and task.attempt is not None and task.attempt.site in self._policies:
+            await self._note(task, seen, self._policies[task.attempt.site])
+
+    async def _clean_up(self, task: Task) -> None:
+        done = frozenset([each.number for each in lifecycle.unforgotten(task) if await self._forget(each)])
+        policy = self._policies.get(task.attempts[-1].site, Policy()) if task.attempts else Policy()
+        await record(self._store, task, lambda task: lifecycle.forgotten(task, done, time.time(), policy))
+
+    async def _forget(self, attempt: Attempt) -> bool:
+        site = self._sites.get(attempt.site)
+        if site is None:
+            return True  # a site that is configured no more is its admin's to clean
+        late = attempt.ended is not None and time.time() - attempt.ended > 30
+        try:
+            if attempt.abandoned and attempt.looks == 0:
+                await site.cancel(attempt.job_id, force=True)
+            return await site.forget(attempt.job_id, force=late)
+        except SiteError as error:
+            log.info("clean-up of %s: %s", attempt.job_id, error)
+            return False
+
+
+def _give_up(task: Task, reason: str) -> lifecycle.Change | None:
+    return None if task.final else lifecycle.give_up(task, time.time(), reason)
+
+
+def _silent(task: Task, reason: str, policy: Policy) -> lifecycle.Change | None:
+    now = time.time()
+    if task.final or task.attempt is None:
+        return None
+    return lifecycle.never_stopped(task, now, policy) or lifecycle.silent(task, now, reason, policy)

@@ -1,0 +1,69 @@
+"""The errors of the service, one family.
+
+TespError
+├── InvalidRequest        the caller must change the request (HTTP 400)
+├── TaskNotFound          no such task, or not the caller's (HTTP 404)
+├── SettingsError         the operator must change the settings; the start stops
+├── PlanError             the task cannot be carried out at this site; never retried
+├── StoreUnavailable      the store does not answer; nothing was changed (HTTP 503), try again
+└── SiteError             what went wrong between us and a site
+    ├── SiteUnavailable   no usable answer: it may or may not have heard us; try again
+    └── SiteRefused       a clear no, in the site's own words; trying again is useless
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class TespError(Exception):
+    """Base of all errors that this service raises on purpose; `str()` is one sentence for a reader."""
+
+
+@dataclass(frozen=True)
+class Detail:
+    """One thing wrong with a request: `field` such as `executors[0].image`, and what is wrong with it."""
+
+    field: str
+    message: str
+
+
+class InvalidRequest(TespError):
+    """The request breaks a rule; `details` names each field at fault."""
+
+    def __init__(self, message: str, details: Sequence[Detail] = ()) -> None:
+        super().__init__(message)
+        self.details = tuple(details)
+
+
+class TaskNotFound(TespError):
+    """There is no task with this id that the caller may see."""
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(f"There is no task {task_id!r}.")
+        self.task_id = task_id
+
+
+class SettingsError(TespError):
+    """A setting is unknown or wrong; the message names it."""
+
+
+class PlanError(TespError):
+    """The task asks for something that the site cannot do; the message names the field."""
+
+
+class StoreUnavailable(TespError):
+    """The store gave no answer. A write that was under way may or may not have been done."""
+
+
+class SiteError(TespError):
+    """Something went wrong between the service and a site."""
+
+
+class SiteUnavailable(SiteError):
+    """The site gave no usable answer; whether it acted is unknown, so the call may be repeated."""
+
+
+class SiteRefused(SiteError):
+    """The site understood and said no; repeating the call would not help."""

@@ -1,0 +1,396 @@
+"""The state machine: which state may follow which, and the only functions that decide it.
+
+Each function looks at a task as it was read and returns a `Change`, or None when there is nothing to do. Nothing here
+does I/O. The store applies a Change only if the task is still at the version that was read; whoever loses that race
+reads again. Sources: TES 1.1 `tesState`; where it is silent, docs/state-machine.md says what we chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+from typing import Final
+
+from pydantic import ValidationError
+
+from tesp_api.runner import job
+from tesp_api.task import ACTIVE, FINAL, Attempt, Observation, Phase, Task, job_id, rfc3339
+from tesp_api.tes import TesExecutorLog, TesOutputFileLog, TesState, TesTaskLog
+
+TRANSITIONS: Final[Mapping[TesState, frozenset[TesState]]] = {
+    TesState.QUEUED: frozenset({TesState.INITIALIZING, TesState.CANCELED, TesState.SYSTEM_ERROR}),
+    # A short job may begin and end between two looks, so RUNNING can be passed over. Back to QUEUED is a retry.
+    TesState.INITIALIZING: frozenset(
+        {
+            TesState.RUNNING,
+            TesState.QUEUED,
+            TesState.COMPLETE,
+            TesState.EXECUTOR_ERROR,
+            TesState.SYSTEM_ERROR,
+            TesState.CANCELING,
+        }
+    ),
+    TesState.RUNNING: frozenset(
+        {
+            TesState.QUEUED,
+            TesState.COMPLETE,
+            TesState.EXECUTOR_ERROR,
+            TesState.SYSTEM_ERROR,
+            TesState.CANCELING,
+        }
+    ),
+    TesState.CANCELING: frozenset({TesState.CANCELED, TesState.SYSTEM_ERROR}),
+}
+"""Every allowed step. Final states are not here: they have no way out. PAUSED, UNKNOWN, PREEMPTED are never written."""
+
+NEVER_STARTED = frozenset({job.EXIT_NO_RUNNER, 1, job.EXIT_DAMAGED_RUNNER, job.EXIT_BAD_PLAN})
+"""Exit codes of the runner which say that no executor was started and that another try may help."""
+
+NO_PYTHON = {
+    job.EXIT_NO_PYTHON: "The site has no python3 on the PATH of its Pulsar; the runner needs Python 3.6 or newer.",
+    job.EXIT_OLD_PYTHON: "The python3 of the site is too old; the runner needs Python 3.6 or newer.",
+}
+
+CLEAN_UP_FOR: Final = 7 * 86400.0
+"""Seconds for which we try to remove a finished job from a site that does not answer."""
+
+
+class Keep(Enum):
+    """The type of KEEP."""
+
+    KEEP = auto()
+
+
+KEEP: Final = Keep.KEEP
+"""In a Change: leave this as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What to write to a task, provided that it is still at `version`.
+
+    `state` None and `due_at` KEEP leave those as they are. `attempt` replaces the attempt of its number, or is
+    appended as the next. `streams` and `system` are added to the task's bodies: (attempt number, executor index,
+    "stdout" | "stderr") -> text, and lines for `system_of`, an attempt number, 0 before any attempt.
+    """
+
+    version: int
+    state: TesState | None = None
+    due_at: float | Keep | None = KEEP
+    attempt: Attempt | None = None
+    streams: Mapping[tuple[int, int, str], str] = field(default_factory=dict)
+    system: tuple[str, ...] = ()
+    system_of: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Durations in seconds, and counts, that the decisions depend on.
+
+    `lease`: how long a process keeps what it took. `patience`: how long a job or its site may be silent.
+    `poll_interval`: the longest pause between two looks. `cancel_grace`: how long a job has to stop by itself, and
+    how long an ended job may take to leave its result. `max_attempts`: tries of a task altogether.
+    """
+
+    lease: float = 30.0
+    patience: float = 300.0
+    poll_interval: float = 5.0
+    cancel_grace: float = 10.0
+    max_attempts: int = 3
+
+
+def _change(
+    task: Task,
+    state: TesState | None = None,
+    *,
+    due_at: float | Keep | None = KEEP,
+    attempt: Attempt | None = None,
+    streams: Mapping[tuple[int, int, str], str] | None = None,
+    system: tuple[str, ...] = (),
+) -> Change:
+    if state is not None and state is not task.state and state not in TRANSITIONS.get(task.state, frozenset()):
+        raise AssertionError(f"{task.state} -> {state} is no step of the state machine")
+    number = attempt.number if attempt else task.attempt.number if task.attempt else 0
+    return Change(
+        version=task.version,
+        state=state,
+        due_at=due_at,
+        attempt=attempt,
+        streams=streams or {},
+        system=system,
+        system_of=number,
+    )
+
+
+# The way forward: QUEUED -> INITIALIZING -> RUNNING
+
+
+def assign(task: Task, site: str, now: float, policy: Policy) -> Change | None:
+    """Give a QUEUED task its next attempt at `site`. The job id is stored by this, before any submit."""
+    if task.state is not TesState.QUEUED:
+        return None
+    number = len(task.attempts) + 1
+    attempt = Attempt(
+        number=number,
+        job_id=job_id(task.id, number),
+        site=site,
+        assigned=now,
+        heard=now,
+        log=TesTaskLog(logs=[], outputs=[], start_time=rfc3339(now), metadata={"site": site}),
+    )
+    return _change(task, TesState.INITIALIZING, due_at=now + policy.lease, attempt=attempt)
+
+
+def confirmed(task: Task, number: int, now: float) -> Change | None:
+    """The site has taken the job of attempt `number`: look at it soon."""
+    attempt = task.attempt
+    if attempt is None or attempt.number != number or attempt.submitted is not None or task.state not in ACTIVE:
+        return None
+    attempt = replace(attempt, submitted=now, heard=now, looks=0)
+    return _change(task, due_at=now + FIRST_LOOK, attempt=attempt)
+
+
+FIRST_LOOK: Final = 0.1
+"""Seconds after the submit; no container task is quicker."""
+
+
+def next_look(attempt: Attempt, now: float, policy: Policy, *, canceling: bool = False) -> float:
+    """When to look at a job again: after a tenth of its age, at most `poll_interval`; often while it is cancelled."""
+    age = now - (attempt.cancel_sent if canceling and attempt.cancel_sent else attempt.submitted or attempt.assigned)
+    return now + min(max(0.1 * age, 0.03 if age < 1 else 0.1), policy.poll_interval)
+
+
+def wait(task: Task, now: float, reason: str, *, pause: float) -> Change:
+    """Leave the task as it is and look again after `pause` seconds; `reason` is noted once, not at each look."""
+    attempt = task.attempt
+    noted = attempt is None or attempt.looks > 0
+    if attempt is not None:
+        attempt = replace(attempt, looks=attempt.looks + 1)
+    return _change(task, due_at=now + pause, attempt=attempt, system=() if noted or not reason else (reason,))
+
+
+def silent(task: Task, now: float, reason: str, policy: Policy) -> Change:
+    """The site gave no usable answer about an active task: try later, or give up when patience is over."""
+    attempt = task.attempt
+    assert attempt is not None, "an active task has an attempt"
+    quiet = now - (attempt.heard or attempt.assigned)
+    if quiet > policy.patience:
+        return give_up(task, now, f"The site {attempt.site!r} was silent for {quiet:.0f} s: {reason}")
+    return wait(task, now, reason, pause=min(0.2 * 2 ** min(attempt.looks, 10), policy.poll_interval))
+
+
+# Looking at a job
+
+
+def observed(task: Task, seen: Observation, now: float, policy: Policy) -> Change | None:
+    """What an observation of the current attempt's job means. None: it is about another attempt, or too late."""
+    attempt = task.attempt
+    if attempt is None or attempt.job_id != seen.job_id or task.state not in ACTIVE:
+        return None
+    if seen.result is not None:
+        return _ended(task, seen.result, now)
+    attempt = _heard(attempt, seen, now)
+    if seen.exit_code != job.EXIT_DUPLICATE:  # a second start that stood back says nothing of the first
+        if seen.exit_code in NO_PYTHON:
+            return give_up(task, now, NO_PYTHON[seen.exit_code], attempt=attempt)
+        if seen.exit_code in NEVER_STARTED:
+            return _again(task, attempt, now, f"The runner could not start (exit code {seen.exit_code}).", policy)
+        if seen.phase in (Phase.ENDED, Phase.UNKNOWN):
+            return _gone(task, attempt, seen, now, policy)
+    quiet = now - (attempt.heard or attempt.assigned)
+    if quiet > policy.patience and seen.phase is Phase.RUNNING:
+        return give_up(task, now, f"The job showed no sign of life for {quiet:.0f} s.", attempt=attempt)
+    return _going_on(task, attempt, seen, now, policy)
+
+
+def _heard(attempt: Attempt, seen: Observation, now: float) -> Attempt:
+    attempt = replace(attempt, looks=attempt.looks + 1, submitted=attempt.submitted or _known_since(seen, now))
+    beat = seen.progress.beat if seen.progress else -1
+    if beat > attempt.beat:
+        return replace(attempt, beat=beat, heard=now, ended=None)
+    if seen.phase is Phase.WAITING:  # a queue may be long, and a waiting job has no pulse
+        return replace(attempt, heard=now)
+    return attempt
+
+
+def _known_since(seen: Observation, now: float) -> float | None:
+    return None if seen.phase is Phase.UNKNOWN else now
+
+
+def _going_on(task: Task, attempt: Attempt, seen: Observation, now: float, policy: Policy) -> Change:
+    state = None
+    if task.state is TesState.INITIALIZING and seen.progress is not None and seen.progress.started:
+        state = TesState.RUNNING
+    canceling = task.state is TesState.CANCELING
+    return _change(task, state, due_at=next_look(attempt, now, policy, canceling=canceling), attempt=attempt)
+
+
+def _gone(task: Task, attempt: Attempt, seen: Observation, now: float, policy: Policy) -> Change:
+    """The job is over or unknown, and there is no result: it may still come (or be found again), so wait a little."""
+    attempt = replace(attempt, ended=attempt.ended or now)
+    assert attempt.ended is not None
+    grace = policy.cancel_grace
+    if seen.phase is Phase.UNKNOWN:
+        # A submit under way may yet land; and a Pulsar that starts can say `lost` of a job that it is about to run.
+        grace = max(grace, attempt.assigned + policy.lease - attempt.ended) if attempt.submitted is None else grace
+    if now - attempt.ended < grace:
+        pause = min(max(0.05, 0.2 * (now - attempt.ended)), 1.0)
+        return _change(task, due_at=now + pause, attempt=attempt)
+    if task.state is TesState.CANCELING:
+        return _finish(task, TesState.CANCELED, attempt, now, system=(_words(seen),), abandoned=True)
+    return give_up(task, now, _words(seen), attempt=attempt)
+
+
+def _words(seen: Observation) -> str:
+    if seen.phase is Phase.UNKNOWN:
+        return "The site does not know the job any more" + (f": {seen.detail}" if seen.detail else ".")
+    code = f" (exit code {seen.exit_code})" if seen.exit_code is not None else ""
+    return f"The job ended without a result{code}" + (f": {seen.detail}" if seen.detail else ".")
+
+
+# The ends
+
+
+def _ended(task: Task, result: job.Result, now: float) -> Change:
+    attempt = task.attempt
+    assert attempt is not None
+    try:
+        log, streams = _task_log(attempt, result)
+        state = TesState(result.state)
+        system = tuple(str(line) for line in result.system_logs)
+    except (ValidationError, ValueError, TypeError) as error:
+        return give_up(task, now, f"The job left a result that cannot be read: {str(error).splitlines()[0]}")
+    if task.state is TesState.CANCELING:
+        state = TesState.CANCELED
+    elif state is TesState.CANCELED or state not in FINAL:
+        system = (*system, "The job was stopped at the site, not by a cancel of this task.")
+        state = TesState.SYSTEM_ERROR
+    attempt = replace(attempt, log=log)
+    return _finish(task, state, attempt, now, system=system, streams=streams)
+
+
+def _task_log(attempt: Attempt, result: job.Result) -> tuple[TesTaskLog, dict[tuple[int, int, str], str]]:
+    streams: dict[tuple[int, int, str], str] = {}
+    for index, executor in enumerate(result.executors):
+        for name, text in (("stdout", executor.stdout), ("stderr", executor.stderr)):
+            if text:
+                streams[attempt.number, index, name] = str(text)
+    logs = [
+        TesExecutorLog(exit_code=each.exit_code, start_time=each.start_time, end_time=each.end_time)
+        for each in result.executors
+    ]
+    outputs = [
+        TesOutputFileLog(url=each.url, path=each.path, size_bytes=int(each.size_bytes)) for each in result.outputs
+    ]
+    metadata = {**(attempt.log.metadata or {}), **{str(key): str(value) for key, value in result.metadata.items()}}
+    log = TesTaskLog(
+        logs=logs, outputs=outputs, metadata=metadata, start_time=attempt.log.start_time, end_time=result.end_time
+    )
+    return log, streams
+
+
+def _finish(
+    task: Task,
+    state: TesState,
+    attempt: Attempt,
+    now: float,
+    *,
+    system: tuple[str, ...] = (),
+    streams: Mapping[tuple[int, int, str], str] | None = None,
+    abandoned: bool = False,
+) -> Change:
+    log = attempt.log
+    if not log.end_time:
+        log = log.model_copy(update={"end_time": rfc3339(now)})
+    attempt = replace(attempt, log=log, ended=now, abandoned=abandoned, looks=0)
+    return _change(task, state, due_at=now, attempt=attempt, system=system, streams=streams)
+
+
+def give_up(task: Task, now: float, reason: str, *, attempt: Attempt | None = None) -> Change:
+    """End the task as SYSTEM_ERROR for `reason`, a sentence. What may be left at the site is cleaned up after."""
+    attempt = attempt or task.attempt
+    if attempt is None:
+        return _change(task, TesState.SYSTEM_ERROR, due_at=None, system=(reason,))
+    return _finish(task, TesState.SYSTEM_ERROR, attempt, now, system=(reason,), abandoned=True)
+
+
+def _again(task: Task, attempt: Attempt, now: float, reason: str, policy: Policy) -> Change:
+    """Nothing was started, so another attempt is safe."""
+    if task.state is TesState.CANCELING:
+        return _finish(task, TesState.CANCELED, attempt, now, system=(reason,))
+    if attempt.number >= policy.max_attempts:
+        return give_up(task, now, reason, attempt=attempt)
+    log = attempt.log.model_copy(update={"end_time": rfc3339(now)})
+    attempt = replace(attempt, log=log, ended=now, abandoned=True)
+    return _change(task, TesState.QUEUED, due_at=now, attempt=attempt, system=(reason,))
+
+
+# Cancel
+
+
+def cancel(task: Task, now: float) -> Change | None:
+    """The user's wish. None: the task is final or the wish is known. A QUEUED task is CANCELED at once."""
+    if task.state is TesState.QUEUED:
+        # Earlier attempts may have left jobs to clean up; due now then, never again otherwise.
+        return _change(task, TesState.CANCELED, due_at=now if task.attempts else None)
+    if task.state in (TesState.INITIALIZING, TesState.RUNNING):
+        return _change(task, TesState.CANCELING, due_at=now)
+    return None
+
+
+def asked_to_stop(task: Task, now: float) -> Change | None:
+    """The site has been asked once more to stop the job."""
+    attempt = task.attempt
+    if task.state is not TesState.CANCELING or attempt is None:
+        return None
+    attempt = replace(attempt, cancels=attempt.cancels + 1, cancel_sent=attempt.cancel_sent or now)
+    return _change(task, due_at=next_look(attempt, now, Policy(), canceling=True), attempt=attempt)
+
+
+def must_stop(task: Task, now: float, policy: Policy) -> bool | None:
+    """Whether to ask the site to stop the job now: None no, False gently, True by force."""
+    attempt = task.attempt
+    if task.state is not TesState.CANCELING or attempt is None:
+        return None
+    if attempt.cancel_sent is None:
+        return False
+    if now - attempt.cancel_sent > policy.cancel_grace * attempt.cancels:
+        return True
+    return None
+
+
+def never_stopped(task: Task, now: float, policy: Policy) -> Change | None:
+    """Give up a cancel that the site has not confirmed within our patience; CANCELED would claim too much."""
+    attempt = task.attempt
+    if task.state is not TesState.CANCELING or attempt is None or attempt.cancel_sent is None:
+        return None
+    if now - attempt.cancel_sent < policy.patience:
+        return None
+    return give_up(task, now, f"The site {attempt.site!r} has not confirmed the cancel.")
+
+
+# After the end
+
+
+def unforgotten(task: Task) -> tuple[Attempt, ...]:
+    """Ended attempts of which the site may still keep something."""
+    return tuple(each for each in task.attempts if each.ended is not None and not each.forgotten)
+
+
+def forgotten(task: Task, numbers: frozenset[int], now: float, policy: Policy) -> Change | None:
+    """The site keeps nothing more of the attempts `numbers`; the rest is tried again later, for a week at most."""
+    if not task.final:
+        return None
+    left = [each for each in unforgotten(task) if each.number not in numbers]
+    done = [each for each in task.attempts if each.number in numbers and not each.forgotten]
+    # One attempt is written at a time; more than one is rare, and the next look takes the others.
+    attempt = replace(done[0], forgotten=True) if done else None
+    if attempt is None and left:
+        attempt = replace(left[0], looks=left[0].looks + 1)
+        ended = left[0].ended or now
+        if now - ended > CLEAN_UP_FOR:
+            return _change(task, due_at=None, attempt=attempt)
+        pause = min(0.1 * 2 ** min(left[0].looks, 13), 600.0)
+        return _change(task, due_at=now + pause, attempt=attempt)
+    return _change(task, due_at=now if left or len(done) > 1 else None, attempt=attempt)

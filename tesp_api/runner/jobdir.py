@@ -1,0 +1,96 @@
+"""The job's directory on the node: where each document lies, and how it is read and written."""
+
+import json
+import os
+from typing import Any, Optional
+
+from . import job
+
+
+class JobDirectory:
+    """`JOB` of job.py's description. Documents appear whole or not at all."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.tes = os.path.join(root, "tes")
+        self._metadata = os.path.join(root, "metadata")
+        self._working = os.path.join(root, "working")
+        self._answer = os.path.join(root, "answer.json")
+        self._seen = None  # type: Optional[Any]
+        self._cancel = False
+
+    def take_lock(self) -> bool:
+        """Whether this process is the first runner in this directory, ever. Pulsar wipes `working`: not there."""
+        try:
+            os.close(os.open(os.path.join(self.root, "tes-lock"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        except FileExistsError:
+            return False
+        return True
+
+    def read_plan(self) -> job.Plan:
+        """The plan; OSError or ValueError if there is no usable one."""
+        return job.read_plan(_load(os.path.join(self.root, "inputs", "job.json")))
+
+    def write_progress(self, progress: job.Progress) -> None:
+        """Replace the progress; readers see the old or the new one."""
+        self._replace(self._metadata, "progress.json", _dump(progress), sync=False)
+
+    def read_progress(self) -> Optional[job.Progress]:
+        """What progress.json says, or None when it cannot be read."""
+        try:
+            return job.read_progress(_load(os.path.join(self._metadata, "progress.json")))
+        except (OSError, ValueError):
+            return None
+
+    def cancel_asked(self) -> bool:
+        """Whether an answer asks for a cancel. Half-written answers count for nothing; a wish once seen stays."""
+        if self._cancel:
+            return True
+        try:
+            facts = os.stat(self._answer)
+            mark = (facts.st_mtime_ns, facts.st_size, facts.st_ino)
+            if mark == self._seen:
+                return False
+            self._cancel = job.read_answer(_load(self._answer)).cancel is True
+            self._seen = mark
+        except (OSError, ValueError):
+            pass
+        return self._cancel
+
+    def has_result(self) -> bool:
+        """Whether the job's result is written."""
+        return os.path.exists(os.path.join(self._metadata, "result.json"))
+
+    def write_result(self, result: job.Result) -> None:
+        """Write the truth about the job: on the disk before its name appears, first in metadata, then in working."""
+        self._replace(self._metadata, "result.json", _dump(result), sync=True)
+        target = os.path.join(self._working, "result.json")
+        temporary = "%s.%d" % (target, os.getpid())
+        try:
+            os.link(os.path.join(self._metadata, "result.json"), temporary)  # a second fsync would cost as much again
+            os.rename(temporary, target)
+        except OSError:
+            self._replace(self._working, "result.json", _dump(result), sync=True)
+
+    def _replace(self, folder: str, name: str, data: bytes, sync: bool) -> None:
+        temporary = os.path.join(folder, ".%s.%d" % (name, os.getpid()))
+        try:
+            fd = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+        except FileNotFoundError:
+            os.makedirs(folder, exist_ok=True)
+            fd = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+        with os.fdopen(fd, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            if sync:
+                os.fsync(stream.fileno())
+        os.rename(temporary, os.path.join(folder, name))
+
+
+def _load(path: str) -> Any:
+    with open(path, "rb") as stream:
+        return json.loads(stream.read().decode("utf-8"))
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(job.to_document(value)).encode("ascii")

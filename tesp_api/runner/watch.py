@@ -1,0 +1,135 @@
+"""One thread beside the work: it shows progress and a heartbeat, and looks for the wish to stop."""
+
+import os
+import threading
+import time
+from typing import Callable, List, Optional
+
+from . import job
+from .clock import now
+from .errors import Stopped
+from .jobdir import JobDirectory
+
+LOOK = 0.1
+"""Seconds between two looks for an answer."""
+
+BEAT = 3.0
+"""Seconds between two heartbeats."""
+
+STUCK = 2.0
+"""Seconds that a transfer has to notice the wish to stop."""
+
+
+class Watch:
+    """Tells the service how far we are, and us that we shall stop. `check` is cheap: call it often."""
+
+    def __init__(self, directory: JobDirectory, job_id: str) -> None:
+        self.progress = job.Progress(job_id, phase="staging")
+        self.stopped = threading.Event()
+        self.signal = 0  # the signal that made us stop, if it was one
+        self._directory = directory
+        self._lock = threading.Lock()
+        self._hooks = []  # type: List[Callable[[], None]]
+        self._closed = threading.Event()
+        self._stuck = None  # type: Optional[Callable[[], None]]
+
+    def start(self, stuck: Callable[[], None]) -> None:
+        """Write the first progress and begin to watch. `stuck` is called if staging does not heed the wish to stop."""
+        self._stuck = stuck
+        self._write()
+        if self._directory.cancel_asked():
+            self.stopped.set()  # before anything is started at all
+        threading.Thread(target=self._loop, name="watch", daemon=True).start()
+
+    def phase(self, phase: str, executor: Optional[int] = None) -> None:
+        """Enter a phase; the progress is written before this returns."""
+        with self._lock:
+            started = self.progress.started
+            if phase == "running" and started is None:
+                started = now()
+            index = self.progress.executor if executor is None else executor
+            self.progress = self.progress._replace(phase=phase, executor=index, started=started)
+        self._write()
+
+    def check(self) -> None:
+        """Raise Stopped if the job shall stop."""
+        if self.stopped.is_set():
+            raise Stopped()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, but not longer than until the wish to stop, which raises Stopped."""
+        if self.stopped.wait(seconds):
+            raise Stopped()
+
+    def on_stop(self, hook: Callable[[], None]) -> "Hook":
+        """`with watch.on_stop(hook):` hook is called once, in a thread of its own, if the wish comes meanwhile."""
+        return Hook(self, hook)
+
+    def stop_for_signal(self, number: int) -> None:
+        """Stop because the node's system wants it."""
+        self.signal = self.signal or number
+        self.stopped.set()
+
+    def close(self) -> None:
+        """Stop watching and say `done`."""
+        self._closed.set()
+        self.phase("done")
+
+    def _write(self) -> None:
+        with self._lock:
+            self.progress = self.progress._replace(beat=self.progress.beat + 1)
+            try:
+                self._directory.write_progress(self.progress)
+            except OSError:
+                pass  # a full disk: the service sees a silent job, the result will say more
+
+    def _loop(self) -> None:
+        beat = time.monotonic()
+        while not self._closed.wait(LOOK):
+            if not self.stopped.is_set() and self._directory.cancel_asked():
+                self.stopped.set()
+            if self.stopped.is_set():
+                break
+            if time.monotonic() - beat >= BEAT:
+                beat = time.monotonic()
+                self._write()
+        self._end(beat)
+
+    def _end(self, beat: float) -> None:
+        """The wish is there: call the hooks, also those that come late, until the work has heard it."""
+        since = time.monotonic()
+        while not self._closed.is_set():
+            with self._lock:
+                hooks, self._hooks = self._hooks, []
+                stuck = self.progress.phase in ("staging", "uploading") and time.monotonic() - since > STUCK
+            for hook in hooks:
+                threading.Thread(target=hook, daemon=True).start()
+            if stuck and not hooks and self._stuck is not None:
+                self._stuck()
+            if time.monotonic() - beat >= BEAT:
+                beat = time.monotonic()
+                self._write()
+            self._closed.wait(LOOK)
+
+
+class Hook:
+    """A registration with `Watch.on_stop`."""
+
+    def __init__(self, watch: Watch, hook: Callable[[], None]) -> None:
+        self._watch = watch
+        self._hook = hook
+
+    def __enter__(self) -> None:
+        self._watch.check()
+        with self._watch._lock:
+            self._watch._hooks.append(self._hook)
+
+    def __exit__(self, *exception: object) -> None:
+        with self._watch._lock:
+            if self._hook in self._watch._hooks:
+                self._watch._hooks.remove(self._hook)
+
+
+def last_resort() -> None:
+    """End the process now, whatever other threads are at."""
+    os._exit(job.EXIT_DONE)

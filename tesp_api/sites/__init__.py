@@ -1,0 +1,69 @@
+"""The seam to the places that run jobs.
+
+A site is told to run a job, asked how it is, told to stop it and to forget it. It knows nothing of tasks and their
+states. Every call may be repeated: a crash between a call and the note of it is normal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self
+
+from tesp_api.runner.job import FileRoot, Plan, Runtime
+from tesp_api.task import Observation
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteFacts:
+    """What the dispatcher must know of a site to choose it and to plan for it.
+
+    `max_jobs` is how many of our jobs it may hold at once (Pulsar itself does not limit that); None is no limit.
+    `patience` is how long, in seconds, a job or the whole site may be silent before it is given up; `poll_interval`
+    is the longest pause, in seconds, between two looks at a job.
+    """
+
+    name: str
+    max_jobs: int | None = None
+    cpus: float | None = None
+    ram_gb: float | None = None
+    file_roots: tuple[FileRoot, ...] = ()
+    runtime: Runtime = field(default_factory=Runtime)
+    log_bytes: int = 131072
+    patience: float = 300.0
+    poll_interval: float = 5.0
+    cancel_grace: float = 10.0
+
+
+class Site(Protocol):
+    """A place that runs jobs: one Pulsar manager, or the local machine. An async context: enter before use."""
+
+    facts: SiteFacts
+
+    async def submit(self, plan: Plan) -> None:
+        """Make the site run `plan` once, however often this is called for its `job_id`, also at the same time.
+
+        SiteUnavailable: it may or may not have begun; call again. SiteRefused: it has not and will not.
+        """
+
+    async def observe(self, job_ids: Sequence[str]) -> Sequence[Observation]:
+        """How each of these jobs is, in any order; SiteUnavailable when the site cannot be asked at all."""
+
+    def updates(self) -> AsyncIterator[Observation]:
+        """Observations that the site sends by itself. The last one counts as taken when the next is asked for."""
+
+    async def cancel(self, job_id: str, *, force: bool = False) -> None:
+        """Ask the job to stop and to leave a result; with `force` have it killed. Unknown jobs are no error."""
+
+    async def forget(self, job_id: str, *, force: bool = False) -> bool:
+        """Remove what the site keeps of an ended job. False: its process has not left yet, ask again later.
+
+        With `force` it is removed all the same. Unknown jobs are no error.
+        """
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

@@ -1,0 +1,361 @@
+"""A Pulsar as a site: Pulsar's words turned into ours. How Pulsar is reached is the carrier's business.
+
+What Pulsar says of a job is a hint; the truth is in the documents that the runner leaves. So a job has ended as soon as
+its progress says so, a job that Pulsar has lost is still looked for, and Pulsar's exit code counts only without a result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Protocol, Self
+
+from tesp_api.errors import SiteError, SiteUnavailable
+from tesp_api.runner import job
+from tesp_api.sites import SiteFacts, documents
+from tesp_api.sites.pulsar import messages
+from tesp_api.sites.pulsar.messages import ANSWER, ENDED, JOBDIR, LOST, PROGRESS, RESULT, RUNNING, WAITING, Status
+from tesp_api.task import Observation, Phase
+
+log = logging.getLogger(__name__)
+
+STILL: Final = 15.0
+"""Seconds without a beat after which the result is looked for even though Pulsar says that the job runs."""
+
+LEAVING: Final = (0.0, 0.01, 0.03, 0.06)
+"""Pauses in seconds between looks at a job that is to be forgotten: the end of its process may be a moment away."""
+
+GONE_WITHIN: Final = 2.0
+"""Seconds that a killed job has to clean up before its directory is taken away."""
+
+
+class Runner(Protocol):
+    """The program to deliver: `runner.bundle.Bundle` and its command line."""
+
+    @property
+    def data(self) -> bytes: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+
+class Carrier(Protocol):
+    """A way to reach one Pulsar manager. An async context; errors are SiteUnavailable and SiteRefused."""
+
+    async def deliver(self, runner: Runner, *, again: bool) -> None:
+        """See to it that the runner lies at the site. `again`: it was found missing or damaged, so send it anew."""
+
+    async def launch(self, launch: messages.Launch) -> None:
+        """Have the job set up and started. May be repeated for the same job."""
+
+    async def status(self, job_id: str) -> Status | None:
+        """What Pulsar says of the job; None if it answers, but cannot tell."""
+
+    async def fetch(self, job_id: str, name: str, limit: int) -> bytes | None:
+        """A file of the job's metadata directory; None if it is not there, cannot be had, or is longer than `limit`."""
+
+    async def put(self, job_id: str, name: str, kind: str, data: bytes) -> None:
+        """Write a file into the directory of a job that exists."""
+
+    async def kill(self, job_id: str) -> None:
+        """Have the job's processes killed. Pulsar drops this silently unless the job is launched."""
+
+    async def clean(self, job_id: str) -> None:
+        """Remove the job's directory, whatever goes on in it."""
+
+    def updates(self) -> AsyncIterator[tuple[str, Status]]:
+        """What Pulsar sends by itself."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+@dataclass
+class _Pulse:
+    """The latest beat of a job and since when it is the latest."""
+
+    beat: int
+    since: float
+
+
+class PulsarSite:
+    """One Pulsar manager. `runner` is delivered on the first submit; `command_line` starts it in JOB/working."""
+
+    def __init__(self, facts: SiteFacts, carrier: Carrier, runner: Runner, command_line: str) -> None:
+        self.facts = facts
+        self._carrier = carrier
+        self._runner = runner
+        self._command_line = command_line
+        self._turns = _Turns()
+        self._delivery = asyncio.Lock()
+        self._delivered = False
+        self._deliveries = 0
+        self._launched_with: dict[str, int] = {}  # job id -> number of deliveries before its launch
+        self._pulses: dict[str, _Pulse] = {}
+
+    async def __aenter__(self) -> Self:
+        await self._carrier.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._carrier.__aexit__(kind, error, trace)
+
+    # Submit
+
+    async def submit(self, plan: job.Plan) -> None:
+        """See Site. A repeated submit asks first: only a job that is unknown or still being set up is sent again."""
+        launch = messages.launch(plan, self._command_line)
+        async with self._turns.turn(plan.job_id):
+            await self._deliver()
+            status = await self._carrier.status(plan.job_id)
+            if status is None or status.state not in (LOST, "preprocessing"):
+                return
+            self._launched_with[plan.job_id] = self._deliveries
+            await self._carrier.launch(launch)
+
+    async def _deliver(self) -> None:
+        async with self._delivery:
+            if not self._delivered:
+                await self._carrier.deliver(self._runner, again=self._deliveries > 0)
+                self._delivered = True
+                self._deliveries += 1
+
+    def _suspect_runner(self, job_id: str) -> None:
+        """A job could not start the runner: deliver it anew, unless that was done since the job's launch."""
+        if self._launched_with.get(job_id, self._deliveries) < self._deliveries:
+            return
+        log.warning("The runner is missing or damaged at site %s; it will be sent again.", self.facts.name)
+        self._delivered = False
+        self._deliveries = max(self._deliveries, 1)
+
+    # Observe
+
+    async def observe(self, job_ids: Sequence[str]) -> Sequence[Observation]:
+        """See Site. A job about which nothing could be learned is RUNNING without a sign of life."""
+        seen = await asyncio.gather(*(self._look(each) for each in job_ids), return_exceptions=True)
+        observations: list[Observation] = []
+        errors: list[SiteError] = []
+        for job_id, each in zip(job_ids, seen, strict=True):
+            if isinstance(each, SiteError):
+                errors.append(each)
+                observations.append(Observation(job_id=job_id, phase=Phase.RUNNING, detail=str(each)))
+            elif isinstance(each, BaseException):
+                raise each
+            else:
+                observations.append(each)
+        if errors and len(errors) == len(job_ids):
+            raise SiteUnavailable(str(errors[0])) from errors[0]
+        return observations
+
+    async def _look(self, job_id: str) -> Observation:
+        if not messages.JOB_ID.fullmatch(job_id):
+            return Observation(job_id=job_id, phase=Phase.UNKNOWN, detail="No Pulsar can have a job of this name.")
+        return await self._observation(job_id, await self._carrier.status(job_id))
+
+    async def _observation(self, job_id: str, status: Status | None) -> Observation:
+        """What follows from Pulsar's words and the files in the job directory."""
+        if status is None:
+            return await self._by_files(job_id, "Pulsar fails to tell the status of this job.")
+        if status.state == "preprocessing":
+            return Observation(job_id=job_id, phase=Phase.WAITING)
+        if status.state in WAITING or status.state in RUNNING:
+            return await self._active(job_id, status)
+        if status.state in ENDED:
+            return await self._ended(job_id, status)
+        if status.state == LOST:
+            return await self._lost(job_id, status)
+        return Observation(
+            job_id=job_id, phase=Phase.RUNNING, detail=f"Pulsar says {documents.words(status.state, 40)!r}."
+        )
+
+    async def _active(self, job_id: str, status: Status) -> Observation:
+        progress = await self._progress(job_id)
+        result = None
+        if (progress is not None and progress.phase == "done") or self._is_still(job_id, progress):
+            result = await self._result(job_id)
+        if result is not None:
+            return self._end(Observation(job_id=job_id, phase=Phase.ENDED, progress=progress, result=result))
+        phase = Phase.WAITING if status.state in WAITING else Phase.RUNNING
+        return Observation(job_id=job_id, phase=phase, progress=progress)
+
+    async def _ended(self, job_id: str, status: Status) -> Observation:
+        code = status.returncode if status.state == "complete" else None
+        result = documents.result(_bytes(status.result), job_id)
+        if result is None and _listed(status, RESULT):
+            result = await self._result(job_id)
+        if result is not None:
+            return self._end(Observation(job_id=job_id, phase=Phase.ENDED, result=result, exit_code=code))
+        progress = await self._progress(job_id) if _listed(status, PROGRESS) else None
+        if code == job.EXIT_DUPLICATE:
+            # The second of two launches stood back; Pulsar takes its end for the end of both.
+            return Observation(job_id=job_id, phase=Phase.RUNNING, progress=progress, exit_code=code)
+        believed = documents.exit_code(code, progress)
+        if not documents.begun(progress) and code in (1, job.EXIT_NO_RUNNER, job.EXIT_DAMAGED_RUNNER):
+            self._suspect_runner(job_id)
+        return Observation(
+            job_id=job_id,
+            phase=Phase.ENDED,
+            progress=progress,
+            exit_code=believed,
+            detail=_why(status, code, progress),
+        )
+
+    async def _lost(self, job_id: str, status: Status) -> Observation:
+        result = documents.result(_bytes(status.result), job_id)
+        if result is None and _listed(status, RESULT):
+            result = await self._result(job_id)
+        if result is not None:
+            return self._end(Observation(job_id=job_id, phase=Phase.ENDED, result=result))
+        progress = await self._progress(job_id) if _listed(status, PROGRESS) else None
+        if progress is not None:
+            return Observation(
+                job_id=job_id, phase=Phase.RUNNING, progress=progress, detail="Pulsar has lost sight of this job."
+            )
+        return Observation(job_id=job_id, phase=Phase.UNKNOWN)
+
+    async def _by_files(self, job_id: str, detail: str) -> Observation:
+        progress = await self._progress(job_id)
+        result = await self._result(job_id)
+        if result is not None:
+            return self._end(Observation(job_id=job_id, phase=Phase.ENDED, progress=progress, result=result))
+        return Observation(job_id=job_id, phase=Phase.RUNNING, progress=progress, detail=detail)
+
+    async def _progress(self, job_id: str) -> job.Progress | None:
+        return documents.progress(await self._carrier.fetch(job_id, PROGRESS, documents.PROGRESS_BYTES), job_id)
+
+    async def _result(self, job_id: str) -> job.Result | None:
+        return documents.result(await self._carrier.fetch(job_id, RESULT, documents.RESULT_BYTES), job_id)
+
+    def _is_still(self, job_id: str, progress: job.Progress | None) -> bool:
+        beat, now = (progress.beat if progress is not None else -1), time.monotonic()
+        pulse = self._pulses.get(job_id)
+        if pulse is None or pulse.beat != beat:
+            self._pulses[job_id] = _Pulse(beat, now)
+            return False
+        return now - pulse.since > STILL
+
+    def _end(self, seen: Observation) -> Observation:
+        self._pulses.pop(seen.job_id, None)
+        return seen
+
+    async def updates(self) -> AsyncIterator[Observation]:
+        """See Site."""
+        async for job_id, status in self._carrier.updates():
+            yield await self._observation(job_id, status)
+
+    # Cancel and forget
+
+    async def cancel(self, job_id: str, *, force: bool = False) -> None:
+        """See Site. The answer reaches also a job that Pulsar cannot kill yet: its runner starts nothing then."""
+        messages.check_id(job_id)
+        async with self._turns.turn(job_id):  # a submit under way must not slip past its cancel
+            status = await self._carrier.status(job_id)
+            if status is not None and (status.state in ENDED or status.state == LOST):
+                return
+            await self._carrier.put(job_id, ANSWER, JOBDIR, documents.dump(job.Answer(cancel=True)))
+            if force and not await self._is_done(job_id, status):
+                await self._carrier.kill(job_id)
+
+    async def forget(self, job_id: str, *, force: bool = False) -> bool:
+        """See Site."""
+        messages.check_id(job_id)
+        async with self._turns.turn(job_id):
+            status = await self._until_left(job_id)
+            if _is_active(status):
+                if not force:
+                    return False
+                await self._kill_before_clean(job_id, status)
+            await self._carrier.clean(job_id)
+        self._pulses.pop(job_id, None)
+        self._launched_with.pop(job_id, None)
+        return True
+
+    async def _until_left(self, job_id: str) -> Status | None:
+        status = None
+        for pause in LEAVING:
+            if pause:
+                await asyncio.sleep(pause)
+            status = await self._carrier.status(job_id)
+            # Only a job about to leave is worth a wait, and each question moves Pulsar's post-processing on.
+            if not _is_active(status) or (status is not None and status.state in WAITING):
+                break
+        return status
+
+    async def _kill_before_clean(self, job_id: str, status: Status | None) -> None:
+        """Without a kill the directory would go and the process stay; and the dead runner's reaper still needs it."""
+        if status is None or await self._is_done(job_id, status):
+            return  # a restarted Pulsar says `running` for ever, and a kill would hit an old process id
+        await self._carrier.put(job_id, ANSWER, JOBDIR, documents.dump(job.Answer(cancel=True)))
+        await self._carrier.kill(job_id)
+        if status.state not in RUNNING:
+            return
+        deadline = time.monotonic() + GONE_WITHIN
+        while time.monotonic() < deadline:
+            progress = await self._progress(job_id)
+            if not documents.begun(progress) or (progress is not None and progress.phase == "done"):
+                return
+            seen = await self._carrier.status(job_id)
+            if seen is not None and seen.metadata is not None and RESULT in seen.metadata:
+                return
+            await asyncio.sleep(0.1)
+
+    async def _is_done(self, job_id: str, status: Status | None) -> bool:
+        """Whether the runner has left its result, whatever Pulsar says."""
+        if status is None or status.state == "preprocessing":
+            return False
+        progress = await self._progress(job_id)
+        return progress is not None and progress.phase == "done"
+
+
+def _is_active(status: Status | None) -> bool:
+    return status is not None and (status.state in WAITING or status.state in RUNNING)
+
+
+def _listed(status: Status, name: str) -> bool:
+    return status.metadata is None or name in status.metadata
+
+
+def _bytes(text: str | None) -> bytes | None:
+    return None if text is None else text.encode("utf-8", "replace")
+
+
+def _why(status: Status, code: int | None, progress: job.Progress | None) -> str:
+    if status.state == "failed":
+        return "Pulsar could not set the job up or launch it; the reason is in its own log and in stderr of the job."
+    if status.state == "cancelled":
+        return "The job was killed."
+    if documents.begun(progress):
+        # What a begun runner writes may hold the task's own words; those are for its result alone.
+        return f"The runner stopped half-way (exit code {code})."
+    return documents.words(status.stderr)
+
+
+class _Turns:
+    """One at a time for each job id."""
+
+    def __init__(self) -> None:
+        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+
+    @asynccontextmanager
+    async def turn(self, job_id: str) -> AsyncIterator[None]:
+        lock, waiting = self._locks.get(job_id, (asyncio.Lock(), 0))
+        self._locks[job_id] = (lock, waiting + 1)
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, waiting = self._locks.pop(job_id)
+            if waiting > 1:
+                self._locks[job_id] = (lock, waiting - 1)
+
+

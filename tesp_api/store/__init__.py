@@ -1,0 +1,135 @@
+"""The seam to the place that remembers. Only the store remembers: API and dispatch meet here and nowhere else.
+
+Every write is conditional (a `Change` names the version that it was made from), and losing that race is a normal
+answer. `due_at` makes the store the queue as well: `take_due` hands out what is due and moves it ahead by a lease, so
+that what a dead process held comes back by itself and two processes never hold the same task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from tesp_api.lifecycle import Change
+from tesp_api.task import Task
+from tesp_api.tes import TesState, TesView
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """What to list: all conditions hold together. `name_prefix` is literal text.
+
+    `tags`: pairs of key and value, an empty value meaning any. `after`: the id of the last task of the page before.
+    """
+
+    state: TesState | None = None
+    name_prefix: str = ""
+    tags: tuple[tuple[str, str], ...] = ()
+    owner: str | None = None
+    after: str | None = None
+    limit: int = 256
+
+
+@dataclass(frozen=True)
+class Page:
+    """Tasks, newest first, and whether there are more behind them."""
+
+    tasks: tuple[Task, ...]
+    more: bool
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the active tasks of one site ask for together."""
+
+    jobs: int = 0
+    cpus: float = 0.0
+    ram_gb: float = 0.0
+
+
+class Bell:
+    """Wakes this process's loops when something may have become due. A hint: nothing is lost if nobody listens."""
+
+    def __init__(self) -> None:
+        self._listeners: set[asyncio.Event] = set()
+
+    def ring(self) -> None:
+        """Wake every listener. Call it on the event loop's thread."""
+        for event in self._listeners:
+            event.set()
+
+    def listen(self) -> Listener:
+        """A new listener; it hears every ring from now on."""
+        event = asyncio.Event()
+        self._listeners.add(event)
+        return Listener(event)
+
+
+class Listener:
+    """One loop's ear on a Bell."""
+
+    def __init__(self, event: asyncio.Event) -> None:
+        self._event = event
+
+    async def wait(self, timeout: float) -> None:
+        """Return after a ring, at once if it rang since the last call, or after `timeout` seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._event.wait()
+        self._event.clear()
+
+
+class TaskStore(Protocol):
+    """Keeps tasks. An async context: enter before use. Every call may raise StoreUnavailable.
+
+    `view` says how much of a task is loaded: MINIMAL its state only (`document` is empty, no attempts), BASIC all but
+    the bodies, FULL everything.
+    """
+
+    bell: Bell
+
+    async def add(self, task: Task) -> None:
+        """Keep a new task, durably: once this returns, no crash loses it."""
+
+    async def get(self, task_id: str, view: TesView = TesView.MINIMAL, *, owner: str | None = None) -> Task | None:
+        """The task, or None if there is none (of this owner, when one is given)."""
+
+    async def page(self, query: Query, view: TesView = TesView.MINIMAL) -> Page:
+        """Tasks that match, newest first (descending id)."""
+
+    async def apply(self, task_id: str, change: Change) -> Task | None:
+        """Write the change and return the new task without bodies; None if the task is at another version."""
+
+    async def take_due(self, *, queued: bool, now: float, lease: float, limit: int) -> list[Task]:
+        """Take at most `limit` tasks whose `due_at` is not after `now`, the longest due first, bodies not loaded.
+
+        `queued` takes those in QUEUED, else all others. Their `due_at` becomes `now + lease` and their version grows,
+        so that no other process takes them meanwhile.
+        """
+
+    async def next_due(self, *, queued: bool) -> float | None:
+        """The earliest `due_at` of those that `take_due` would look at, or None."""
+
+    async def loads(self) -> Mapping[str, Load]:
+        """What the active tasks ask for, by site; sites without any are left out."""
+
+    async def contents(self, task_id: str) -> Mapping[int, str]:
+        """The literal contents of a task's inputs, by input index."""
+
+    async def ping(self) -> None:
+        """StoreUnavailable unless the store can be read."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def merge_pairs(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Tag conditions without repetitions, in a stable order."""
+    return tuple(dict.fromkeys(pairs))

@@ -1,0 +1,73 @@
+"""Our record as plain JSON values and back, the same for every store. A round trip loses nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from tesp_api.task import Attempt, Bodies, Task
+from tesp_api.tes import TesTaskLog
+
+_PLAIN = tuple(each.name for each in fields(Attempt) if each.name != "log")
+
+
+def attempts_to_json(attempts: tuple[Attempt, ...]) -> str:
+    """Attempts as JSON text."""
+    return json.dumps([_attempt_to_document(each) for each in attempts], ensure_ascii=False, separators=(",", ":"))
+
+
+def _attempt_to_document(attempt: Attempt) -> dict[str, Any]:
+    document = {name: getattr(attempt, name) for name in _PLAIN}
+    document["log"] = attempt.log.model_dump(mode="json", exclude_none=True)
+    return document
+
+
+def attempts_from_json(text: str) -> tuple[Attempt, ...]:
+    """The attempts of `attempts_to_json`; keys of a newer version are ignored."""
+    return tuple(
+        Attempt(
+            **{name: document[name] for name in _PLAIN if name in document},
+            log=TesTaskLog.model_validate(document["log"]),
+        )
+        for document in json.loads(text)
+    )
+
+
+# Bodies: each text has a key (kind, attempt number, index); system lines are counted by index.
+
+CONTENT, STDOUT, STDERR, SYSTEM = "content", "stdout", "stderr", "system"
+
+
+def content_rows(bodies: Bodies | None) -> list[tuple[str, int, int, str]]:
+    """(kind, 0, input index, text) of each literal content."""
+    return [] if bodies is None else [(CONTENT, 0, index, text) for index, text in bodies.contents.items()]
+
+
+def stream_rows(streams: Mapping[tuple[int, int, str], str]) -> list[tuple[str, int, int, str]]:
+    """(kind, attempt number, executor index, text) of each stream."""
+    return [(name, number, index, text) for (number, index, name), text in streams.items()]
+
+
+def bodies_from_rows(rows: Iterable[tuple[str, int, int, str]]) -> Bodies:
+    """Bodies from rows (kind, attempt number, index, text) in ascending order of index."""
+    contents: dict[int, str] = {}
+    streams: dict[tuple[int, int, str], str] = {}
+    system: dict[int, list[str]] = {}
+    for kind, number, index, text in rows:
+        if kind == CONTENT:
+            contents[index] = text
+        elif kind == SYSTEM:
+            system.setdefault(number, []).append(text)
+        else:
+            streams[number, index, kind] = text
+    return Bodies(contents=contents, streams=streams, system=system)
+
+
+def asked(task: Task) -> tuple[float, float]:
+    """CPU cores and GB of memory that a task asks for; 0 where it does not say."""
+    resources = task.spec.resources
+    if resources is None:
+        return 0.0, 0.0
+    return float(resources.cpu_cores or 0), float(resources.ram_gb or 0)

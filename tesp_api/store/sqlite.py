@@ -1,0 +1,448 @@
+"""The embedded store: SQLite, one file, several processes of one machine at most.
+
+One thread writes. It commits all the calls that are waiting as one transaction, so a burst of creates costs one flush
+to disk and not one each; another thread reads. Calls that must survive a power cut (new tasks, state changes) are
+flushed, moves of `due_at` alone are not: they only repeat a look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from tesp_api.errors import StoreUnavailable
+from tesp_api.lifecycle import KEEP, Change
+from tesp_api.store import Bell, Load, Page, Query
+from tesp_api.store.codec import (
+    SYSTEM,
+    asked,
+    attempts_from_json,
+    attempts_to_json,
+    bodies_from_rows,
+    content_rows,
+    stream_rows,
+)
+from tesp_api.task import ACTIVE, Bodies, Task, put_attempt
+from tesp_api.tes import TesState, TesView
+
+T = TypeVar("T")
+
+_ACTIVE = ", ".join(f"'{state}'" for state in sorted(ACTIVE))
+
+MIGRATIONS = (
+    # 1: the first schema. Hot columns first: a large document goes to overflow pages that a short view never reads.
+    f"""
+    CREATE TABLE task (
+        id TEXT PRIMARY KEY NOT NULL,
+        state TEXT NOT NULL,
+        version INTEGER NOT NULL,
+        due_at REAL,
+        created REAL NOT NULL,
+        owner TEXT NOT NULL,
+        name TEXT NOT NULL,
+        site TEXT,
+        cpus REAL NOT NULL,
+        ram_gb REAL NOT NULL,
+        attempts TEXT NOT NULL,
+        document TEXT NOT NULL
+    );
+    CREATE INDEX task_queued ON task (due_at) WHERE state = 'QUEUED' AND due_at IS NOT NULL;
+    CREATE INDEX task_open ON task (due_at) WHERE state <> 'QUEUED' AND due_at IS NOT NULL;
+    CREATE INDEX task_active ON task (site, cpus, ram_gb) WHERE state IN ({_ACTIVE});
+    CREATE INDEX task_state ON task (state, id);
+    CREATE INDEX task_name ON task (name, id);
+    CREATE TABLE tag (
+        key TEXT NOT NULL,
+        value TEXT NOT NULL,
+        task_id TEXT NOT NULL REFERENCES task (id) ON DELETE CASCADE,
+        PRIMARY KEY (key, value, task_id)
+    ) WITHOUT ROWID;
+    CREATE INDEX tag_key ON tag (key, task_id);
+    CREATE TABLE body (
+        task_id TEXT NOT NULL REFERENCES task (id) ON DELETE CASCADE,
+        kind TEXT NOT NULL,
+        attempt INTEGER NOT NULL,
+        position INTEGER NOT NULL,
+        text TEXT NOT NULL,
+        PRIMARY KEY (task_id, kind, attempt, position)
+    );
+    """,
+)
+"""SQL that leads from each schema version to the next; `PRAGMA user_version` says how many have been run."""
+
+_MINIMAL = "task.id, task.state, task.version, task.due_at, task.created, task.owner"
+_BASIC = _MINIMAL + ", task.attempts, task.document"
+BATCH = 256
+
+
+class SqliteStore:
+    """The TaskStore on one SQLite file, or in memory with `path` ":memory:"."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = str(path)
+        self.bell = Bell()
+        self._writer = _Worker(self.path, writes=True)
+        self._reader = self._writer if self.path == ":memory:" else _Worker(self.path, writes=False)
+
+    async def __aenter__(self) -> Self:
+        if self.path != ":memory:":
+            Path(self.path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        await self._writer.start(_migrate)
+        if self._reader is not self._writer:
+            await self._reader.start(None)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in {self._reader, self._writer}:
+            await worker.stop()
+
+    async def add(self, task: Task) -> None:
+        await self._writer.call(lambda db: _add(db, task), durable=True)
+        self.bell.ring()
+
+    async def get(self, task_id: str, view: TesView = TesView.MINIMAL, *, owner: str | None = None) -> Task | None:
+        return await self._reader.call(lambda db: _get(db, task_id, view, owner))
+
+    async def page(self, query: Query, view: TesView = TesView.MINIMAL) -> Page:
+        return await self._reader.call(lambda db: _page(db, query, view))
+
+    async def apply(self, task_id: str, change: Change) -> Task | None:
+        durable = change.state is not None or bool(change.system)
+        task = await self._writer.call(lambda db: _apply(db, task_id, change), durable=durable)
+        if task is not None and (change.state is not None or change.due_at is not KEEP):
+            self.bell.ring()
+        return task
+
+    async def take_due(self, *, queued: bool, now: float, lease: float, limit: int) -> list[Task]:
+        return await self._writer.call(lambda db: _take_due(db, queued, now, lease, limit))
+
+    async def next_due(self, *, queued: bool) -> float | None:
+        return await self._reader.call(lambda db: _next_due(db, queued))
+
+    async def loads(self) -> Mapping[str, Load]:
+        return await self._reader.call(_loads)
+
+    async def contents(self, task_id: str) -> Mapping[int, str]:
+        return (await self._reader.call(lambda db: _bodies(db, [task_id])))[task_id].contents
+
+    async def ping(self) -> None:
+        await self._reader.call(lambda db: db.execute("SELECT 1").fetchone())
+
+
+# One thread, one connection
+
+
+class _Worker:
+    """Runs functions on one connection in one thread, as many as are waiting in one transaction."""
+
+    def __init__(self, path: str, *, writes: bool) -> None:
+        self._path = path
+        self._writes = writes
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._db: sqlite3.Connection | None = None
+
+    async def start(self, prepare: Callable[[sqlite3.Connection], None] | None) -> None:
+        self._loop = asyncio.get_running_loop()
+        opened = self._loop.run_in_executor(None, self._open, prepare)
+        self._db = await opened
+        self._thread = threading.Thread(target=self._run, name="tesp-sqlite", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        if self._thread is None:
+            return
+        self._calls.put(None)
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+        self._thread = None
+
+    async def call(self, function: Callable[[sqlite3.Connection], T], *, durable: bool = False) -> T:
+        if self._thread is None or self._loop is None:
+            raise StoreUnavailable("The store is not open.")
+        call = _Call(function, durable, self._loop.create_future())
+        self._calls.put(call)
+        result: T = await call.future
+        return result
+
+    def _open(self, prepare: Callable[[sqlite3.Connection], None] | None) -> sqlite3.Connection:
+        try:
+            db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=30)
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA foreign_keys = ON")
+            if prepare is not None:
+                prepare(db)
+        except sqlite3.Error as error:
+            raise StoreUnavailable(f"The store {self._path} cannot be opened: {error}") from error
+        return db
+
+    def _run(self) -> None:
+        assert self._db is not None
+        assert self._loop is not None
+        last = False
+        while not last:
+            batch, last = self._next_batch()
+            if batch:
+                self._commit(batch)
+                self._loop.call_soon_threadsafe(_answer, batch)
+        self._db.close()
+
+    def _next_batch(self) -> tuple[list[_Call], bool]:
+        """Wait for a call, then take all that wait; and whether the worker is to stop after them."""
+        batch: list[_Call] = []
+        call = self._calls.get()
+        while call is not None:
+            batch.append(call)
+            if len(batch) == BATCH or self._calls.empty():
+                return batch, False
+            call = self._calls.get()
+        return batch, True
+
+    def _commit(self, batch: list[_Call]) -> None:
+        """Run the calls in one transaction; one that fails is undone alone, unless the commit itself fails."""
+        db = self._db
+        assert db is not None
+        try:
+            if self._writes:
+                db.execute(f"PRAGMA synchronous = {'FULL' if any(call.durable for call in batch) else 'NORMAL'}")
+            db.execute("BEGIN IMMEDIATE" if self._writes else "BEGIN")
+            for call in batch:
+                self._run_one(db, call)
+            db.execute("COMMIT")
+        except sqlite3.Error as error:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            for call in batch:
+                call.error = StoreUnavailable(f"The store could not be used: {error}")
+
+    def _run_one(self, db: sqlite3.Connection, call: _Call) -> None:
+        db.execute("SAVEPOINT one")
+        try:
+            call.result = call.function(db)
+        except Exception as error:
+            db.execute("ROLLBACK TO one")
+            call.error = StoreUnavailable(str(error)) if isinstance(error, sqlite3.OperationalError) else error
+        db.execute("RELEASE one")
+
+
+class _Call:
+    def __init__(
+        self, function: Callable[[sqlite3.Connection], Any], durable: bool, future: asyncio.Future[Any]
+    ) -> None:
+        self.function = function
+        self.durable = durable
+        self.future = future
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+
+def _answer(batch: list[_Call]) -> None:
+    for call in batch:
+        if call.future.done():  # the caller went away; what it asked for is done all the same
+            continue
+        if call.error is not None:
+            call.future.set_exception(call.error)
+        else:
+            call.future.set_result(call.result)
+
+
+def _migrate(db: sqlite3.Connection) -> None:
+    db.execute("BEGIN EXCLUSIVE")  # two processes that start together must not both migrate
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if version > len(MIGRATIONS):
+        db.execute("ROLLBACK")
+        raise StoreUnavailable(
+            f"The store was written by a newer release (schema {version}, this one knows {len(MIGRATIONS)})."
+        )
+    for script in MIGRATIONS[version:]:
+        for statement in script.split(";"):
+            if statement.strip():
+                db.execute(statement)
+    db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+    db.execute("COMMIT")
+
+
+# The statements
+
+
+def _add(db: sqlite3.Connection, task: Task) -> None:
+    cpus, ram_gb = asked(task)
+    db.execute(
+        "INSERT INTO task (id, state, version, due_at, created, owner, name, cpus, ram_gb, attempts, document)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            task.id,
+            task.state,
+            task.version,
+            task.due_at,
+            task.created,
+            task.owner,
+            task.spec.name or "",
+            cpus,
+            ram_gb,
+            attempts_to_json(task.attempts),
+            task.document,
+        ),
+    )
+    tags = (task.spec.tags or {}).items()
+    db.executemany("INSERT INTO tag (key, value, task_id) VALUES (?, ?, ?)", [(k, v, task.id) for k, v in tags])
+    _put_bodies(db, task.id, content_rows(task.bodies))
+    if task.bodies is not None:
+        for number, lines in task.bodies.system.items():
+            _add_lines(db, task.id, number, lines)
+
+
+def _put_bodies(db: sqlite3.Connection, task_id: str, rows: Iterable[tuple[str, int, int, str]]) -> None:
+    db.executemany(
+        "INSERT OR REPLACE INTO body (task_id, kind, attempt, position, text) VALUES (?, ?, ?, ?, ?)",
+        [(task_id, *row) for row in rows],
+    )
+
+
+def _add_lines(db: sqlite3.Connection, task_id: str, number: int, lines: Iterable[str]) -> None:
+    (start,) = db.execute(
+        "SELECT coalesce(max(position), -1) + 1 FROM body WHERE task_id = ? AND kind = ? AND attempt = ?",
+        (task_id, SYSTEM, number),
+    ).fetchone()
+    _put_bodies(db, task_id, [(SYSTEM, number, start + at, line) for at, line in enumerate(lines)])
+
+
+def _get(db: sqlite3.Connection, task_id: str, view: TesView, owner: str | None) -> Task | None:
+    columns = _MINIMAL if view is TesView.MINIMAL else _BASIC
+    row = db.execute(f"SELECT {columns} FROM task WHERE id = ?", (task_id,)).fetchone()
+    if row is None:
+        return None
+    task = _task(row)
+    if owner is not None and task.owner != owner:
+        return None
+    return replace(task, bodies=_bodies(db, [task_id])[task_id]) if view is TesView.FULL else task
+
+
+def _task(row: tuple[Any, ...]) -> Task:
+    task_id, state, version, due_at, created, owner, *rest = row
+    attempts, document = rest or ("[]", "")
+    return Task(
+        id=task_id,
+        state=TesState(state),
+        version=version,
+        due_at=due_at,
+        created=created,
+        owner=owner,
+        attempts=attempts_from_json(attempts),
+        document=document,
+    )
+
+
+def _bodies(db: sqlite3.Connection, task_ids: list[str]) -> dict[str, Bodies]:
+    rows: dict[str, list[tuple[str, int, int, str]]] = {task_id: [] for task_id in task_ids}
+    found = db.execute(
+        "SELECT task_id, kind, attempt, position, text FROM body"
+        " WHERE task_id IN (SELECT value FROM json_each(?)) ORDER BY task_id, kind, attempt, position",
+        (json.dumps(task_ids),),
+    )
+    for task_id, *row in found:
+        rows[task_id].append((row[0], row[1], row[2], row[3]))
+    return {task_id: bodies_from_rows(each) for task_id, each in rows.items()}
+
+
+def _page(db: sqlite3.Connection, query: Query, view: TesView) -> Page:
+    columns = _MINIMAL if view is TesView.MINIMAL else _BASIC
+    source, conditions, values = "task", ["1"], []
+    for at, (key, value) in enumerate(query.tags):
+        # The first pair leads, its index being in the order of ids; the others are looked up.
+        source = f"tag AS t{at} CROSS JOIN task ON task.id = t{at}.task_id" if at == 0 else source
+        if at == 0:
+            conditions.append("t0.key = ?" + (" AND t0.value = ?" if value else ""))
+        else:
+            also = " AND tag.value = ?" if value else ""
+            conditions.append(f"EXISTS (SELECT 1 FROM tag WHERE tag.task_id = task.id AND tag.key = ?{also})")
+        values += [key, value] if value else [key]
+    order = "t0.task_id" if query.tags else "task.id"
+    if query.state is not None:
+        conditions.append("task.state = ?")
+        values.append(query.state)
+    if query.name_prefix:
+        conditions.append("task.name >= ? AND substr(task.name, 1, ?) = ?")
+        values += [query.name_prefix, len(query.name_prefix), query.name_prefix]  # type: ignore[list-item]
+    if query.owner is not None:
+        conditions.append("task.owner = ?")
+        values.append(query.owner)
+    if query.after is not None:
+        conditions.append(f"{order} < ?")
+        values.append(query.after)
+    rows = db.execute(
+        f"SELECT {columns} FROM {source} WHERE {' AND '.join(conditions)} ORDER BY {order} DESC LIMIT ?",
+        (*values, query.limit + 1),
+    ).fetchall()
+    tasks = [_task(row) for row in rows[: query.limit]]
+    if view is TesView.FULL:
+        bodies = _bodies(db, [task.id for task in tasks])
+        tasks = [replace(task, bodies=bodies[task.id]) for task in tasks]
+    return Page(tuple(tasks), more=len(rows) > query.limit)
+
+
+def _apply(db: sqlite3.Connection, task_id: str, change: Change) -> Task | None:
+    task = _get(db, task_id, TesView.BASIC, None)
+    if task is None or task.version != change.version:
+        return None
+    attempts = put_attempt(task.attempts, change.attempt) if change.attempt else task.attempts
+    task = replace(
+        task,
+        version=task.version + 1,
+        state=change.state or task.state,
+        due_at=task.due_at if change.due_at is KEEP else change.due_at,
+        attempts=attempts,
+    )
+    db.execute(
+        "UPDATE task SET state = ?, version = ?, due_at = ?, site = ?, attempts = ? WHERE id = ?",
+        (
+            task.state,
+            task.version,
+            task.due_at,
+            attempts[-1].site if attempts else None,
+            attempts_to_json(attempts),
+            task_id,
+        ),
+    )
+    _put_bodies(db, task_id, stream_rows(change.streams))
+    _add_lines(db, task_id, change.system_of, change.system)
+    return task
+
+
+def _due(queued: bool) -> str:
+    return f"state {'=' if queued else '<>'} 'QUEUED' AND due_at IS NOT NULL"
+
+
+def _take_due(db: sqlite3.Connection, queued: bool, now: float, lease: float, limit: int) -> list[Task]:
+    rows = db.execute(
+        f"SELECT {_BASIC} FROM task WHERE {_due(queued)} AND due_at <= ? ORDER BY due_at LIMIT ?",
+        (now, limit),
+    ).fetchall()
+    tasks = [replace(task, due_at=now + lease, version=task.version + 1) for task in map(_task, rows)]
+    db.executemany(
+        "UPDATE task SET due_at = ?, version = ? WHERE id = ?", [(task.due_at, task.version, task.id) for task in tasks]
+    )
+    return tasks
+
+
+def _next_due(db: sqlite3.Connection, queued: bool) -> float | None:
+    row = db.execute(f"SELECT min(due_at) FROM task WHERE {_due(queued)}").fetchone()
+    due_at: float | None = row[0]
+    return due_at
+
+
+def _loads(db: sqlite3.Connection) -> dict[str, Load]:
+    rows = db.execute(
+        f"SELECT site, count(*), sum(cpus), sum(ram_gb) FROM task WHERE state IN ({_ACTIVE}) GROUP BY site"
+    )
+    return {site: Load(jobs, cpus, ram_gb) for site, jobs, cpus, ram_gb in rows}

@@ -1,0 +1,214 @@
+"""Our record around a TES task: what the store keeps and the dispatcher moves.
+
+`Task` is what the store hands out, `Change` (in lifecycle) what it takes back; both are plain frozen values. The
+nested TES models are not repeated here: TES is a published language and its models serve inside as well.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from functools import cached_property
+
+from tesp_api.runner import job
+from tesp_api.tes import TesState, TesTask, TesTaskLog
+
+FINAL = frozenset(
+    {TesState.COMPLETE, TesState.EXECUTOR_ERROR, TesState.SYSTEM_ERROR, TesState.CANCELED, TesState.PREEMPTED}
+)
+"""States that have no way out."""
+
+ACTIVE = frozenset({TesState.INITIALIZING, TesState.RUNNING, TesState.CANCELING})
+"""States in which a task holds a place at a site."""
+
+
+def rfc3339(moment: float) -> str:
+    """Seconds since the epoch as `2026-01-31T12:00:00.000000Z`."""
+    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+class Phase(StrEnum):
+    """What a site can say of a job; TES states are none of its business."""
+
+    UNKNOWN = "unknown"  # the site does not know the job (any more, or yet)
+    WAITING = "waiting"  # accepted, the runner has not begun
+    RUNNING = "running"
+    ENDED = "ended"  # the job's process is over, with or without a result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What a site knows of one job at one moment. `exit_code` is the runner's, where the site tells it."""
+
+    job_id: str
+    phase: Phase
+    progress: job.Progress | None = None
+    result: job.Result | None = None
+    exit_code: int | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One try of a task on one site. Times are seconds since the epoch by our clock.
+
+    `submitted` is None until the site has confirmed the job; a job whose submit may be lost is submitted again under
+    the same `job_id`. `heard` is when the job last showed that it is alive, `beat` the count that it showed then.
+    `looks` counts the looks at it since its last step. `cancels` counts our requests to stop, the first at
+    `cancel_sent`. `ended` is when we saw it over, or gave it up; `abandoned` says the latter: something of it may still
+    run. `forgotten`: nothing of it is left at the site.
+    `log` is TES's, without the texts that `Task.bodies` holds.
+    """
+
+    number: int
+    job_id: str
+    site: str
+    assigned: float
+    submitted: float | None = None
+    heard: float | None = None
+    beat: int = -1
+    looks: int = 0
+    cancel_sent: float | None = None
+    cancels: int = 0
+    ended: float | None = None
+    abandoned: bool = False
+    forgotten: bool = False
+    log: TesTaskLog = field(default_factory=lambda: TesTaskLog(logs=[], outputs=[]))
+
+
+@dataclass(frozen=True)
+class Bodies:
+    """The long texts of a task, which live outside its hot record.
+
+    `contents`: input index -> literal content. `streams`: (attempt number, executor index, "stdout" | "stderr") ->
+    text. `system`: attempt number -> lines; number 0 holds what was said before any attempt.
+    """
+
+    contents: Mapping[int, str] = field(default_factory=dict)
+    streams: Mapping[tuple[int, int, str], str] = field(default_factory=dict)
+    system: Mapping[int, Sequence[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One task as the store knows it.
+
+    `document` is the client's task as cleaned JSON text (no nulls, no read-only fields, input contents taken out);
+    `spec` is the same as a model. `due_at` (seconds since the epoch, or None) is queue, lease, poll timer and backoff
+    in one. `version` grows with every change. `bodies` is None unless it was asked for.
+    """
+
+    id: str
+    document: str
+    created: float
+    owner: str = ""
+    state: TesState = TesState.QUEUED
+    due_at: float | None = None
+    version: int = 1
+    attempts: tuple[Attempt, ...] = ()
+    bodies: Bodies | None = None
+
+    @cached_property
+    def spec(self) -> TesTask:
+        """The client's task, without read-only fields and input contents."""
+        return TesTask.model_validate_json(self.document)
+
+    @property
+    def attempt(self) -> Attempt | None:
+        """The latest attempt."""
+        return self.attempts[-1] if self.attempts else None
+
+    @property
+    def final(self) -> bool:
+        """Whether the state can change no more."""
+        return self.state in FINAL
+
+
+def new_task(spec: TesTask, *, owner: str = "", now: float | None = None) -> Task:
+    """A QUEUED task, due at once, around a validated request. Input contents move to `bodies`."""
+    created = time.time() if now is None else now
+    contents: dict[int, str] = {}
+    inputs = []
+    for index, item in enumerate(spec.inputs or []):
+        if item.content is not None:
+            contents[index] = item.content
+            item = item.model_copy(update={"content": None})
+        inputs.append(item)
+    if contents:
+        spec = spec.model_copy(update={"inputs": inputs})
+    document = spec.model_dump_json(exclude_none=True, exclude=READ_ONLY)
+    return Task(
+        id=new_id(created),
+        document=document,
+        created=created,
+        owner=owner,
+        due_at=created,
+        bodies=Bodies(contents=contents),
+    )
+
+
+READ_ONLY = {"id", "state", "logs", "creation_time"}
+"""Fields of a TES task that only the server sets."""
+
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+_last_id = 0
+_id_lock = threading.Lock()
+
+
+def new_id(now: float) -> str:
+    """A task id: 26 characters of Crockford's base 32, 48 bits of milliseconds and 80 random bits.
+
+    Ids sort by creation time, within one process strictly, so that newest first is descending id.
+    """
+    global _last_id
+    with _id_lock:
+        number = (int(now * 1000) << 80) | secrets.randbits(80)
+        if number <= _last_id:  # the same millisecond, or the clock went back
+            number = _last_id + 1 + secrets.randbits(40)
+        _last_id = number
+    return "".join(_ALPHABET[(number >> shift) & 31] for shift in range(125, -5, -5))
+
+
+def job_id(task_id: str, number: int) -> str:
+    """The id of attempt `number` (from 1) at its site; never used twice."""
+    return f"{task_id}-{number}"
+
+
+def task_of(job: str) -> tuple[str, int]:
+    """Task id and attempt number of a job id; ValueError if it is none of ours."""
+    task_id, _, number = job.rpartition("-")
+    if not task_id:
+        raise ValueError(f"{job!r} is not a job id")
+    return task_id, int(number)
+
+
+def put_attempt(attempts: tuple[Attempt, ...], attempt: Attempt) -> tuple[Attempt, ...]:
+    """`attempts` with `attempt` in its place: replaced by number, or appended when it is the next one."""
+    at = attempt.number - 1
+    if at > len(attempts) or at < 0:
+        raise ValueError(f"attempt {attempt.number} after {len(attempts)}")
+    return (*attempts[:at], attempt, *attempts[at + 1 :])
+
+
+__all__ = [
+    "ACTIVE",
+    "FINAL",
+    "READ_ONLY",
+    "Attempt",
+    "Bodies",
+    "Observation",
+    "Phase",
+    "Task",
+    "job_id",
+    "new_id",
+    "new_task",
+    "put_attempt",
+    "replace",
+    "rfc3339",
+    "task_of",
+]
