@@ -328,7 +328,7 @@ class TesTask(Model):
         examples=["01jz8y7m5q3v9c2k4n6t8w0xaf"],
         json_schema_extra={"readOnly": True},
     )
-    state: TesState | None = Field(default=None, examples=["COMPLETE"], json_schema_extra={"readOnly": True})
+    state: TesState | None = Field(default=None, examples=["COMPLETE"])
     name: str | None = Field(default=None, description="A name for readers and for filters.", examples=["hello"])
     description: str | None = Field(default=None, description="A remark for readers.", examples=["Says hello"])
     inputs: list[TesInput] | None = Field(
@@ -412,11 +412,7 @@ class ServiceType(Model):
 class TesServiceType(ServiceType):
     """TES's own entry among the APIs of GA4GH."""
 
-    group: str = Field(default="org.ga4gh", description="Always `org.ga4gh`.", examples=["org.ga4gh"])
-    artifact: str = Field(
-        default="tes", description="Always `tes`.", examples=["tes"], json_schema_extra={"enum": ["tes"]}
-    )
-    version: str = Field(default="1.1.0", description="The version of TES.", examples=["1.1.0"])
+    artifact: str = Field(description="Always `tes`.", examples=["tes"], json_schema_extra={"enum": ["tes"]})
 
 
 class Service(Model):
@@ -462,7 +458,7 @@ class Service(Model):
 class TesServiceInfo(Service):
     """What this server is and offers."""
 
-    type: TesServiceType = Field(default_factory=TesServiceType)
+    type: TesServiceType
     storage: list[str] | None = Field(
         default=None,
         description="Beginnings of URLs that tasks can read and write here; not all of them.",

@@ -256,7 +256,9 @@ def _tidy(schema: Any) -> Any:
         return schema
     tidy = {}
     for key, value in schema.items():
-        if (key == "title" and isinstance(value, str)) or (key == "default" and value is None):
+        if key == "title" and isinstance(value, str):
+            continue
+        if key == "default" and (value is None or "$ref" in schema):  # what a reference names has its own default
             continue
         if key == "$ref":
             tidy[key] = "#/components/schemas/" + _spec_name(value.rpartition("/")[2])
@@ -279,7 +281,7 @@ def add_docs(app: FastAPI) -> None:
     The page's own files come from the package fastapi-offline, so that it works without the internet; without that
     package they come from a public server.
     """
-    files: dict[str, str] = {}
+    files: dict[str, Any] = {}
     if (static := _static_files()) is not None:
         app.mount("/docs/static", StaticFiles(directory=static), name="docs-static")
         files = {

@@ -8,7 +8,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tesp_api.api.views import Document, Json
-from tesp_api.tes import Organization, TesServiceInfo
+from tesp_api.tes import Organization, TesServiceInfo, TesServiceType
+
+TES_VERSION = "1.1.0"
+"""The version of the standard, not of this server."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,7 @@ def document(service: ServiceDescription) -> Document:
     return TesServiceInfo(
         id=service.id,
         name=service.name,
+        type=TesServiceType(group="org.ga4gh", artifact="tes", version=TES_VERSION),
         description=service.description or None,
         organization=Organization(name=service.organization_name, url=service.organization_url),
         contact_url=service.contact_url or None,

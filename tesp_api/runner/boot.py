@@ -10,7 +10,7 @@ OLD_PYTHON = 77  # job.EXIT_OLD_PYTHON; job.py cannot be imported yet (a test co
 DAMAGED_RUNNER = 76  # job.EXIT_DAMAGED_RUNNER
 
 
-def digest(path):  # type: ignore[no-untyped-def]
+def digest(path):  # type: (str) -> str
     """The sha256 of a file in hex. `hashlib` would load OpenSSL, which costs more than all the rest of the start."""
     try:
         from _sha2 import sha256  # type: ignore[import-not-found, unused-ignore]
@@ -20,10 +20,10 @@ def digest(path):  # type: ignore[no-untyped-def]
         except ImportError:
             from hashlib import sha256
     with open(path, "rb") as stream:
-        return sha256(stream.read()).hexdigest()
+        return str(sha256(stream.read()).hexdigest())
 
 
-def boot(argv):  # type: ignore[no-untyped-def]
+def boot(argv):  # type: (list[str]) -> int
     """Carry out `runner.pyz run <sha256>` in the current directory JOB/working; the exit code."""
     if sys.version_info < (3, 6):
         sys.stderr.write("This python is too old for the runner; it needs 3.6 or newer.\n")

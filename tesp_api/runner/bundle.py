@@ -42,7 +42,7 @@ def build() -> Bundle:
     It holds sources, for any Python, and beside them what this Python compiles of them, so that the same version on the
     node need not compile.
     """
-    files = {"tesp_api/__init__.py": b""}  # type: Dict[str, bytes]
+    files: Dict[str, bytes] = {"tesp_api/__init__.py": b""}
     for name, data in _sources():
         files["%s/%s" % (_PACKAGE, name)] = data
     with open(os.path.join(_HERE, "boot.py"), "rb") as stream:

@@ -13,7 +13,7 @@ All documents are JSON objects in ASCII (other characters escaped), because Puls
 Times are RFC 3339 in UTC with microseconds, such as `2026-01-31T12:00:00.000000Z`.
 """
 
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, cast
 
 VERSION = 1
 """Version of the documents; a runner refuses a plan of another version."""
@@ -24,6 +24,7 @@ DIRECTORY = "DIRECTORY"
 # Exit codes of the runner's process. 0: result.json is written (whatever it says). The others mean that no executor
 # was started, so that the service may try again under a new job id.
 EXIT_DONE = 0
+EXIT_UNREADABLE_RUNNER = 1  # python could not read the zipapp, it is cut off or damaged: python's own code
 EXIT_NO_RUNNER = 2  # python could not open the zipapp at all: python's own code for that
 EXIT_DAMAGED_RUNNER = 76  # the zipapp's hash is not the expected one
 EXIT_OLD_PYTHON = 77  # this python cannot run the runner
@@ -76,7 +77,7 @@ class Executor(NamedTuple):
     stdin: Optional[str] = None
     stdout: Optional[str] = None
     stderr: Optional[str] = None
-    env: Dict[str, str] = {}  # noqa: RUF012 - read only by agreement, as all of a plan
+    env: Dict[str, str] = {}  # read only by agreement, as all of a plan
     ignore_error: bool = False
 
 
@@ -102,7 +103,7 @@ class Runtime(NamedTuple):
     kind: str = "auto"
     docker_host: str = ""
     network: str = ""
-    hide: List[str] = []  # noqa: RUF012
+    hide: List[str] = []
     pull: str = "missing"
 
 
@@ -112,13 +113,13 @@ class Plan(NamedTuple):
     job_id: str
     task_id: str
     executors: List[Executor]
-    inputs: List[Input] = []  # noqa: RUF012
-    outputs: List[Output] = []  # noqa: RUF012
-    mounts: List[Mount] = []  # noqa: RUF012
+    inputs: List[Input] = []
+    outputs: List[Output] = []
+    mounts: List[Mount] = []
     cpus: Optional[float] = None
     ram_bytes: Optional[int] = None
     runtime: Runtime = Runtime()
-    file_roots: List[FileRoot] = []  # noqa: RUF012
+    file_roots: List[FileRoot] = []
     log_bytes: int = 131072
     version: int = VERSION
 
@@ -175,10 +176,10 @@ class Result(NamedTuple):
     start_time: str
     end_time: str
     started: bool = False
-    executors: List[ExecutorResult] = []  # noqa: RUF012
-    outputs: List[OutputFile] = []  # noqa: RUF012
-    system_logs: List[str] = []  # noqa: RUF012
-    metadata: Dict[str, str] = {}  # noqa: RUF012
+    executors: List[ExecutorResult] = []
+    outputs: List[OutputFile] = []
+    system_logs: List[str] = []
+    metadata: Dict[str, str] = {}
     version: int = VERSION
 
 
@@ -197,10 +198,10 @@ def _rows(kind: Any, documents: Any) -> List[Any]:
     return [_record(kind, document) for document in documents]
 
 
-_NESTED = {
+_NESTED: Dict[Any, Dict[str, Any]] = {
     Plan: {"executors": Executor, "inputs": Input, "outputs": Output, "mounts": Mount, "file_roots": FileRoot},
     Result: {"executors": ExecutorResult, "outputs": OutputFile},
-}  # type: Dict[Any, Dict[str, Any]]
+}
 
 
 def _record(kind: Any, document: Any) -> Any:
@@ -223,23 +224,19 @@ def _record(kind: Any, document: Any) -> Any:
 
 def read_plan(document: Any) -> Plan:
     """A Plan from its JSON form; ValueError says what is wrong."""
-    plan = _record(Plan, document)  # type: Plan
-    return plan
+    return cast(Plan, _record(Plan, document))
 
 
 def read_progress(document: Any) -> Progress:
     """A Progress from its JSON form; ValueError says what is wrong."""
-    progress = _record(Progress, document)  # type: Progress
-    return progress
+    return cast(Progress, _record(Progress, document))
 
 
 def read_answer(document: Any) -> Answer:
     """An Answer from its JSON form; ValueError says what is wrong."""
-    answer = _record(Answer, document)  # type: Answer
-    return answer
+    return cast(Answer, _record(Answer, document))
 
 
 def read_result(document: Any) -> Result:
     """A Result from its JSON form; ValueError says what is wrong."""
-    result = _record(Result, document)  # type: Result
-    return result
+    return cast(Result, _record(Result, document))

@@ -16,7 +16,7 @@ class JobDirectory:
         self._metadata = os.path.join(root, "metadata")
         self._working = os.path.join(root, "working")
         self._answer = os.path.join(root, "answer.json")
-        self._seen = None  # type: Optional[Any]
+        self._seen: Optional[Any] = None
         self._cancel = False
 
     def take_lock(self) -> bool:

@@ -44,7 +44,7 @@ class Stream:
 
     def __init__(self, limit: int, fd: Optional[int] = None) -> None:
         self.fd = fd
-        self.error = None  # type: Optional[OSError]
+        self.error: Optional[OSError] = None
         self._log = BoundedLog(limit)
 
     def write(self, data: bytes) -> None:

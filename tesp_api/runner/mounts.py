@@ -24,8 +24,8 @@ def prepare(mounts: List[job.Mount], base: str, roots: List[job.FileRoot]) -> Li
     A single file that we create has the time 0, so that `unwritten` can tell later whether anyone wrote it.
     """
     os.makedirs(base, 0o700, exist_ok=True)  # other users of the node must not look in; containers get the inside
-    allowed = None  # type: Optional[Tree]
-    ready = []  # type: List[Bound]
+    allowed: Optional[Tree] = None
+    ready: List[Bound] = []
     for index, mount in enumerate(mounts):
         try:
             if mount.at.startswith("/"):
@@ -60,7 +60,7 @@ def _create(mount: job.Mount, base: str) -> Bound:
     os.makedirs(encode(os.path.dirname(real)), 0o700, exist_ok=True)
     if mount.kind == job.DIRECTORY:
         os.makedirs(encode(real), exist_ok=True)
-        os.chmod(encode(real), 0o1777 if mount.target.rstrip("/") == "/tmp" else 0o777)  # noqa: S103, S108
+        os.chmod(encode(real), 0o1777 if mount.target.rstrip("/") == "/tmp" else 0o777)  # noqa: S108
     else:
         os.close(os.open(encode(real), os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o666))
         os.chmod(encode(real), 0o666)  # noqa: S103 - the container's user is not ours

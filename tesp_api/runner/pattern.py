@@ -26,7 +26,7 @@ def is_pattern(component: str) -> bool:
 
 def compiled(component: str) -> "Pattern[str]":
     """A regular expression for whole names: a leading dot matches only a dot that is written out."""
-    parts = []  # type: List[str]
+    parts: List[str] = []
     if component[:1] in ("*", "?", "["):
         parts.append(r"(?!\.)")
     at = 0
@@ -70,7 +70,7 @@ def _bracket(inner: str) -> str:
     negated = inner[:1] in ("!", "^")
     if negated:
         inner = inner[1:]
-    parts = []  # type: List[str]
+    parts: List[str] = []
     at = 0
     while at < len(inner):
         if inner[at : at + 2] == "[:" and ":]" in inner[at + 2 :]:

@@ -1,10 +1,10 @@
 """A second process that cleans up when the runner is killed outright.
 
-Pulsar's cancel is a SIGKILL of the whole process tree; the containers would go on. The reaper has left that tree (forked
-twice, a session of its own) and waits at the end of a pipe: when it closes without a goodbye, the runner is dead.
+Pulsar's cancel is a SIGKILL of the whole process tree; the containers would go on. The reaper has left that tree
+(forked twice, a session of its own) and waits at the end of a pipe: closed without a goodbye, the runner is dead.
 
-What the runner says through the pipe, one JSON line each: `{"group": 123}` a process group to kill, `{"executor": {...}}`
-the result of one that ended, `{"bye": true}` nothing is left to do.
+What the runner says through the pipe, one JSON line each: `{"group": 123}` a process group to kill,
+`{"executor": {...}}` the result of one that ended, `{"bye": true}` nothing is left to do.
 """
 
 import json
@@ -61,7 +61,7 @@ def _become_reaper(directory: JobDirectory, plan: job.Plan, read_end: int) -> No
         os.closerange(4, 1024)  # Pulsar waits until every holder of its pipes is gone
         os.chdir("/")
         _wait(directory, plan, keep, start_time)
-    except BaseException:  # nobody could be told
+    except BaseException:  # noqa: S110 - nobody could be told
         pass
     finally:
         os._exit(0)
@@ -72,8 +72,8 @@ def _wait(directory: JobDirectory, plan: job.Plan, fd: int, start_time: str) -> 
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # meant for the runner, whose pipe tells us the end
         signal.signal(number, signal.SIG_IGN)
-    groups = []  # type: List[int]
-    executors = []  # type: List[job.ExecutorResult]
+    groups: List[int] = []
+    executors: List[job.ExecutorResult] = []
     with os.fdopen(fd, "rb") as stream:
         for line in stream:
             try:
@@ -97,7 +97,7 @@ def _clean_up(
     from .engines import kill_groups, sweep
 
     kill_groups(plan.job_id, groups)
-    lines = []  # type: List[str]
+    lines: List[str] = []
     for pause in _LOOKS:
         time.sleep(pause)
         problem = sweep(plan, _PATIENCE)
@@ -117,7 +117,9 @@ def _write(
 ) -> None:
     canceled = directory.cancel_asked() and not lines  # CANCELED promises that the containers are gone
     if not canceled:
-        lines.insert(0, "The runner was killed on the node, by an administrator, the batch system or for want of memory.")
+        lines.insert(
+            0, "The runner was killed on the node, by an administrator, the batch system or for lack of memory."
+        )
     progress = directory.read_progress() or job.Progress(plan.job_id)
     directory.write_result(
         job.Result(

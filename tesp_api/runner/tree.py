@@ -109,8 +109,8 @@ class Tree:
     """
 
     def __init__(self, points: List[Point], open_to_all: bool = False) -> None:
-        self._points = {}  # type: Dict[Parts, Point]
-        self._above = set()  # type: Set[Parts]
+        self._points: Dict[Parts, Point] = {}
+        self._above: Set[Parts] = set()
         self._open_to_all = open_to_all
         for point in points:
             at = tuple(parts(point.path))
@@ -202,7 +202,7 @@ class Tree:
 
         Links count as what they lead to; one that leads out, to itself, or to a special file is a problem.
         """
-        todo = [("", path, ())]  # type: List[Tuple[str, str, Tuple[Tuple[int, int], ...]]]
+        todo: List[Tuple[str, str, Tuple[Tuple[int, int], ...]]] = [("", path, ())]
         count = 0
         while todo:
             relative, at, above = todo.pop()
@@ -276,7 +276,7 @@ class Tree:
                     if len(stack) > 1:
                         _drop(stack, len(stack) - 1)
                     continue
-                here = tuple(level.name for level in stack[1:]) + (name,)
+                here = (*[level.name for level in stack[1:]], name)
                 point = self._points.get(here)
                 if point is not None:
                     if not todo:
@@ -326,7 +326,7 @@ class Tree:
     def _make(self, path: str, top: _Level, name: bytes) -> os.stat_result:
         if top.point is not None and not top.point.writable:
             raise Refused("%s lies in a read-only mount" % show(path))
-        assert top.fd is not None  # noqa: S101 - for mypy
+        assert top.fd is not None  # for mypy
         try:
             os.mkdir(name, 0o777, dir_fd=top.fd)
         except FileExistsError:
@@ -356,10 +356,8 @@ class Draft:
 
     def commit(self) -> None:
         """Give the file its name, in place of what had it."""
-        try:
-            os.rename(self._name, self._spot.name, src_dir_fd=self._spot.fd, dst_dir_fd=self._spot.fd)
-        finally:
-            self._close()
+        os.rename(self._name, self._spot.name, src_dir_fd=self._spot.fd, dst_dir_fd=self._spot.fd)
+        self._close()
 
     def discard(self) -> None:
         """Leave nothing."""
@@ -387,7 +385,7 @@ def reason(error: BaseException) -> str:
 
 def roots_tree(roots: List[job.FileRoot], keep: Callable[[job.FileRoot], bool] = lambda root: True) -> Tree:
     """The tree of the node's file roots, each under its given and its real path."""
-    points = []  # type: List[Point]
+    points: List[Point] = []
     for root in roots:
         if not keep(root):
             continue

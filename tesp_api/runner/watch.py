@@ -29,9 +29,9 @@ class Watch:
         self.signal = 0  # the signal that made us stop, if it was one
         self._directory = directory
         self._lock = threading.Lock()
-        self._hooks = []  # type: List[Callable[[], None]]
+        self._hooks: List[Callable[[], None]] = []
         self._closed = threading.Event()
-        self._stuck = None  # type: Optional[Callable[[], None]]
+        self._stuck: Optional[Callable[[], None]] = None
 
     def start(self, stuck: Callable[[], None]) -> None:
         """Write the first progress and begin to watch. `stuck` is called if staging does not heed the wish to stop."""

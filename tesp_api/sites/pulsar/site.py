@@ -1,7 +1,7 @@
 """A Pulsar as a site: Pulsar's words turned into ours. How Pulsar is reached is the carrier's business.
 
-What Pulsar says of a job is a hint; the truth is in the documents that the runner leaves. So a job has ended as soon as
-its progress says so, a job that Pulsar has lost is still looked for, and Pulsar's exit code counts only without a result.
+What Pulsar says of a job is a hint; the truth is in the documents that the runner leaves. So a job has ended as soon
+as its progress says so, a job that Pulsar has lost is still looked for, and an exit code counts only without a result.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Final, Protocol, Self
 
 from tesp_api.errors import SiteError, SiteUnavailable
 from tesp_api.runner import job
+from tesp_api.runner.bundle import Bundle, command
 from tesp_api.sites import SiteFacts, documents
 from tesp_api.sites.pulsar import messages
 from tesp_api.sites.pulsar.messages import ANSWER, ENDED, JOBDIR, LOST, PROGRESS, RESULT, RUNNING, WAITING, Status
@@ -34,20 +35,10 @@ GONE_WITHIN: Final = 2.0
 """Seconds that a killed job has to clean up before its directory is taken away."""
 
 
-class Runner(Protocol):
-    """The program to deliver: `runner.bundle.Bundle` and its command line."""
-
-    @property
-    def data(self) -> bytes: ...
-
-    @property
-    def sha256(self) -> str: ...
-
-
 class Carrier(Protocol):
     """A way to reach one Pulsar manager. An async context; errors are SiteUnavailable and SiteRefused."""
 
-    async def deliver(self, runner: Runner, *, again: bool) -> None:
+    async def deliver(self, runner: Bundle, *, again: bool) -> None:
         """See to it that the runner lies at the site. `again`: it was found missing or damaged, so send it anew."""
 
     async def launch(self, launch: messages.Launch) -> None:
@@ -87,13 +78,13 @@ class _Pulse:
 
 
 class PulsarSite:
-    """One Pulsar manager. `runner` is delivered on the first submit; `command_line` starts it in JOB/working."""
+    """One Pulsar manager. `runner` is delivered before the first job, and again when it is found missing."""
 
-    def __init__(self, facts: SiteFacts, carrier: Carrier, runner: Runner, command_line: str) -> None:
+    def __init__(self, facts: SiteFacts, carrier: Carrier, runner: Bundle) -> None:
         self.facts = facts
         self._carrier = carrier
         self._runner = runner
-        self._command_line = command_line
+        self._command_line = command(runner.sha256)
         self._turns = _Turns()
         self._delivery = asyncio.Lock()
         self._delivered = False
@@ -357,5 +348,3 @@ class _Turns:
             lock, waiting = self._locks.pop(job_id)
             if waiting > 1:
                 self._locks[job_id] = (lock, waiting - 1)
-
-

@@ -1,0 +1,256 @@
+"""The composition root: settings in, a running service out. Only this module knows concrete classes and settings."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from tesp_api import __version__
+from tesp_api.api import PREFIXES, Api, ServiceDescription, problems, router
+from tesp_api.api.openapi import add_docs, openapi
+from tesp_api.dispatch import loop
+from tesp_api.dispatch.dispatcher import Dispatcher
+from tesp_api.dispatch.poller import Poller
+from tesp_api.errors import TespError
+from tesp_api.lifecycle import Policy
+from tesp_api.runner.bundle import build
+from tesp_api.runner.job import FileRoot, Runtime
+from tesp_api.settings import Settings, SiteKeys, SiteSettings
+from tesp_api.sites import Site, SiteFacts
+from tesp_api.sites.local import LocalSite
+from tesp_api.sites.pulsar.embedded import EmbeddedSite
+from tesp_api.sites.pulsar.rest import RestCarrier
+from tesp_api.sites.pulsar.site import PulsarSite
+from tesp_api.store import TaskStore
+from tesp_api.store.sqlite import SqliteStore
+
+log = logging.getLogger(__name__)
+
+STOP_WITHIN = 5.0
+"""Seconds that work under way may take when the service stops; what is cut off comes back with its lease."""
+
+
+@dataclass
+class Service:
+    """The parts of one service. `running` tells whether its loops live."""
+
+    store: TaskStore
+    sites: Mapping[str, Site]
+    dispatcher: Dispatcher
+    poller: Poller
+    loops: list[asyncio.Task[None]] = field(default_factory=list)
+
+    @property
+    def running(self) -> bool:
+        """Whether all loops live."""
+        return bool(self.loops) and not any(each.done() for each in self.loops)
+
+    @asynccontextmanager
+    async def run(self) -> AsyncIterator[None]:
+        """Open store and sites, run the loops; stop in reverse."""
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self.store)
+            for site in self.sites.values():
+                await stack.enter_async_context(site)
+            self.loops = [
+                asyncio.create_task(loop.run(self.dispatcher, self.store.bell), name="dispatcher"),
+                asyncio.create_task(loop.run(self.poller, self.store.bell), name="poller"),
+                *(
+                    asyncio.create_task(self._listen(site), name=f"updates of {site.facts.name}")
+                    for site in self.sites.values()
+                ),
+            ]
+            for each in self.loops:
+                each.add_done_callback(_tell_of_death)
+            try:
+                yield
+            finally:
+                await self._stop()
+
+    async def _listen(self, site: Site) -> None:
+        async for seen in site.updates():
+            await self.poller.note(seen)
+
+    async def _stop(self) -> None:
+        for each in self.loops:
+            each.cancel()
+        await asyncio.gather(*self.loops, return_exceptions=True)
+        try:
+            async with asyncio.timeout(STOP_WITHIN):
+                await self.dispatcher.drain()
+                await self.poller.drain()
+        except TimeoutError:
+            log.warning("Stopping with work under way; the next start goes on with it.")
+
+
+def _tell_of_death(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("The loop %r died; the service is not ready any more.", task.get_name(), exc_info=error)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The web application, whose lifespan runs the whole service. Raises TespError for settings that cannot work."""
+    service = build_service(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with service.run():
+            yield
+
+    app = FastAPI(
+        title="tesp-api",
+        version=__version__,
+        description="GA4GH Task Execution Service 1.1 in front of Galaxy Pulsar.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    problems.install(app)
+    if settings.server.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.server.cors_origins),
+            allow_methods=["GET", "POST", "OPTIONS"],
+            allow_headers=["*"],
+        )
+    api = router(
+        Api(
+            store=service.store,
+            service=_description(settings),
+            fold_canceling=settings.server.hide_canceling,
+            max_body=int(settings.server.max_body_mb * (1 << 20)),
+        )
+    )
+    for prefix in PREFIXES:
+        app.include_router(api, prefix=prefix)
+    _add_health(app, service)
+    add_docs(app)
+    app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def build_service(settings: Settings) -> Service:
+    """The parts of the service, not yet opened."""
+    store = SqliteStore(settings.server.data_dir.absolute() / "tasks.sqlite")
+    sites = {site.facts.name: site for site in _sites(settings)}
+    policies = {
+        name: Policy(
+            lease=settings.dispatch.lease,
+            patience=site.facts.patience,
+            poll_interval=site.facts.poll_interval,
+            cancel_grace=site.facts.cancel_grace,
+            max_attempts=settings.retry.max_attempts,
+        )
+        for name, site in sites.items()
+    }
+    dispatcher = Dispatcher(store, sites, policies)
+    return Service(store, sites, dispatcher, Poller(store, sites, policies, dispatcher.submit))
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    async def healthz(request: Request) -> Response:
+        """The process answers."""
+        return JSONResponse({"status": "ok", "version": __version__})
+
+    async def readyz(request: Request) -> Response:
+        """The store can be read and the loops live."""
+        try:
+            await service.store.ping()
+        except TespError as error:
+            return problems.problem(503, f"Not ready: {error}")
+        if not service.running:
+            return problems.problem(503, "Not ready: a background loop has died; see the log.")
+        return JSONResponse({"status": "ready"})
+
+    app.add_route("/healthz", healthz, include_in_schema=False)
+    app.add_route("/readyz", readyz, include_in_schema=False)
+
+
+def _description(settings: Settings) -> ServiceDescription:
+    service = settings.service
+    return ServiceDescription(
+        id=service.id,
+        name=service.name,
+        organization_name=service.organization_name,
+        organization_url=service.organization_url,
+        version=__version__,
+        description=service.description,
+        contact_url=service.contact_url,
+        documentation_url=service.documentation_url,
+        environment=service.environment,
+        storage=service.storage or _roots_as_storage(settings),
+    )
+
+
+def _roots_as_storage(settings: Settings) -> tuple[str, ...]:
+    """Toil, for one, sends files only below a URL that is listed as storage."""
+    roots = [root.path for keys in _all_site_settings(settings) for root in keys.file_roots]
+    return tuple(f"file://{path.rstrip('/')}/" for path in dict.fromkeys(roots))
+
+
+# Sites
+
+
+def _all_site_settings(settings: Settings) -> tuple[SiteSettings, ...]:
+    """The sites to use: those listed, else the one Pulsar, else the embedded one."""
+    if settings.sites:
+        return settings.sites
+    if settings.pulsar.url:
+        return (SiteSettings(name="pulsar", carrier="rest", **_keys(settings.pulsar)),)
+    return (SiteSettings(name="embedded", carrier="embedded", **_keys(settings.embedded)),)
+
+
+def _keys(keys: SiteKeys) -> dict[str, object]:
+    return keys.model_dump()
+
+
+def _sites(settings: Settings) -> list[Site]:
+    return [_site(settings, keys) for keys in _all_site_settings(settings)]
+
+
+def _site(settings: Settings, keys: SiteSettings) -> Site:
+    bundle = build()
+    facts = _facts(settings, keys)
+    directory = settings.server.data_dir.absolute()
+    if keys.carrier == "local":
+        return LocalSite(facts, directory / keys.name, bundle)
+    if keys.carrier == "embedded":
+        return EmbeddedSite(facts, directory / "pulsar", bundle)
+    carrier = RestCarrier(
+        keys.url, private_token=keys.private_token or None, manager=keys.manager or None, timeout=keys.client_timeout
+    )
+    return PulsarSite(facts, carrier, bundle)
+
+
+def _facts(settings: Settings, keys: SiteSettings) -> SiteFacts:
+    own = keys.carrier in ("embedded", "local")
+    docker_host = settings.container.docker_host or (os.environ.get("DOCKER_HOST", "") if own else "")
+    return SiteFacts(
+        name=keys.name,
+        max_jobs=keys.max_jobs or (max(4, 2 * (os.cpu_count() or 2)) if own else None),
+        cpus=keys.cpus or None,
+        ram_gb=keys.ram_gb or None,
+        file_roots=tuple(FileRoot(root.path, root.write, root.mount) for root in keys.file_roots),
+        runtime=Runtime(
+            kind=keys.runtime or settings.container.runtime,
+            docker_host=docker_host,
+            network=settings.container.network,
+            hide=[str(settings.server.data_dir.absolute())] if own else [],
+            pull=settings.container.pull,
+        ),
+        log_bytes=settings.container.log_bytes,
+        patience=keys.status.poll_interval * keys.status.max_polls,
+        poll_interval=keys.status.poll_interval,
+        cancel_grace=keys.cancel_grace,
+    )

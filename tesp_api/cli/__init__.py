@@ -1,0 +1,17 @@
+"""`tesp`: start the service, and talk to one."""
+
+from __future__ import annotations
+
+import typer
+
+from tesp_api.cli import client, serve
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="GA4GH Task Execution Service.")
+app.command("serve")(serve.serve)
+for command in (client.run, client.get, client.list_tasks, client.wait, client.logs, client.cancel):
+    app.command(command.__name__.removesuffix("_tasks"))(command)
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    app()

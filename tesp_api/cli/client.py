@@ -1,0 +1,111 @@
+"""`tesp run|get|list|wait|logs|cancel`: a small client for any TES 1.1 server."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+
+FINAL = ("COMPLETE", "EXECUTOR_ERROR", "SYSTEM_ERROR", "CANCELED", "PREEMPTED")
+
+Url = Annotated[str, typer.Option(envvar="TES_URL", help="The server, for example http://127.0.0.1:8080.")]
+TaskId = Annotated[str, typer.Argument(metavar="ID")]
+HERE = "http://127.0.0.1:8080"
+
+
+def run(
+    file: Annotated[Path, typer.Argument(help="A task as JSON; - for standard input.")],
+    url: Url = HERE,
+    wait_for_end: Annotated[bool, typer.Option("--wait", help="Wait for the end, then show states and logs.")] = False,
+) -> None:
+    """Post a task and print its id."""
+    body = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    task_id = _call("POST", url, "/tasks", content=body)["id"]
+    typer.echo(task_id)
+    if wait_for_end:
+        state = _wait(url, task_id)
+        _show_logs(url, task_id)
+        raise typer.Exit(0 if state == "COMPLETE" else 1)
+
+
+def get(task_id: TaskId, url: Url = HERE, view: str = "FULL") -> None:
+    """Print a task as JSON."""
+    typer.echo(json.dumps(_call("GET", url, f"/tasks/{task_id}", params={"view": view}), indent=2, ensure_ascii=False))
+
+
+def list_tasks(
+    url: Url = HERE,
+    state: Annotated[str, typer.Option(help="Only tasks in this state.")] = "",
+    name_prefix: Annotated[str, typer.Option(help="Only tasks whose name begins so.")] = "",
+    limit: Annotated[int, typer.Option(help="How many at most.")] = 20,
+) -> None:
+    """Print id, state, time and name of tasks, newest first."""
+    params = {"view": "BASIC", "page_size": str(limit), "state": state, "name_prefix": name_prefix}
+    for task in _call("GET", url, "/tasks", params=params)["tasks"]:
+        typer.echo(f"{task['id']}  {task['state']:14}  {task['creation_time'][:19]}  {task.get('name', '')}")
+
+
+def wait(task_id: TaskId, url: Url = HERE) -> None:
+    """Wait for the end of a task; the exit code is 0 for COMPLETE only."""
+    state = _wait(url, task_id)
+    raise typer.Exit(0 if state == "COMPLETE" else 1)
+
+
+def logs(task_id: TaskId, url: Url = HERE) -> None:
+    """Print what the executors and the system said."""
+    _show_logs(url, task_id)
+
+
+def cancel(task_id: TaskId, url: Url = HERE) -> None:
+    """Ask for a task to be cancelled."""
+    _call("POST", url, f"/tasks/{task_id}:cancel")
+
+
+def _wait(url: str, task_id: str) -> str:
+    last, pause = "", 0.1
+    while True:
+        state: str = _call("GET", url, f"/tasks/{task_id}")["state"]
+        if state != last:
+            typer.echo(state, err=True)
+            last = state
+        if state in FINAL:
+            return state
+        time.sleep(pause)
+        pause = min(pause * 1.2, 5.0)
+
+
+def _show_logs(url: str, task_id: str) -> None:
+    task = _call("GET", url, f"/tasks/{task_id}", params={"view": "FULL"})
+    for attempt in task.get("logs", ()):
+        for index, executor in enumerate(attempt["logs"]):
+            typer.echo(f"executor {index}: exit code {executor['exit_code']}", err=True)
+            typer.echo(executor.get("stdout", ""), nl=False)
+            typer.echo(executor.get("stderr", ""), nl=False, err=True)
+        for output in attempt["outputs"]:
+            typer.echo(f"output {output['path']} -> {output['url']} ({output['size_bytes']} bytes)", err=True)
+        for line in attempt.get("system_logs", ()):
+            typer.echo(f"system: {line}", err=True)
+
+
+def _call(method: str, url: str, path: str, **more: Any) -> Any:
+    base = url.rstrip("/")
+    if not base.endswith("/v1"):
+        base += "/ga4gh/tes/v1"
+    try:
+        answer = httpx.request(method, base + path, timeout=60, headers={"Content-Type": "application/json"}, **more)
+    except httpx.HTTPError as error:
+        typer.echo(f"{base}: {error}", err=True)
+        raise typer.Exit(2) from None
+    if answer.is_success:
+        return answer.json()
+    try:
+        message = answer.json()["message"]
+    except (ValueError, KeyError, TypeError):
+        message = answer.text[:500]
+    typer.echo(f"{answer.status_code}: {message}", err=True)
+    raise typer.Exit(1)

@@ -1,0 +1,204 @@
+"""Real Pulsars for tests, plans for them, and how to wait for something."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+
+from tesp_api.runner.job import Executor, Input, Plan, Runtime
+from tesp_api.sites import Site
+from tesp_api.task import Observation, Phase
+
+T = TypeVar("T")
+_numbers = itertools.count(1)
+
+
+def new_plan(*command: str, wishes: str = "task", job_id: str = "", inputs: Sequence[Input] = ()) -> Plan:
+    """A plan of one executor that runs on the host; `wishes` are those of the stand-in."""
+    return Plan(
+        job_id=job_id or f"job{next(_numbers)}-{secrets.token_hex(4)}-1",
+        task_id=wishes,
+        executors=[Executor(image="none", command=list(command or ("true",)))],
+        inputs=list(inputs),
+        runtime=Runtime(kind="host"),
+    )
+
+
+async def until(look: Callable[[], Awaitable[T | None]], what: str, *, within: float = 20.0) -> T:
+    """Look again and again until there is something; fails after a while."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        if seen := await look():
+            return seen
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"waited {within:.0f} s for: {what}")
+
+
+async def phase(site: Site, job_id: str, *wanted: Phase, within: float = 20.0) -> Observation:
+    """The first observation of the job in one of these phases."""
+
+    async def look() -> Observation | None:
+        (seen,) = await site.observe([job_id])
+        return seen if seen.phase in wanted else None
+
+    return await until(look, f"{job_id} {'/'.join(wanted)}", within=within)
+
+
+async def running(site: Site, job_id: str) -> Observation:
+    """The first observation of the job that shows a running executor."""
+
+    async def look() -> Observation | None:
+        (seen,) = await site.observe([job_id])
+        return seen if seen.progress is not None and seen.progress.phase == "running" else None
+
+    return await until(look, f"{job_id} running")
+
+
+async def ended(site: Site, job_id: str, *, within: float = 20.0) -> Observation:
+    """The job with its result."""
+
+    async def look() -> Observation | None:
+        (seen,) = await site.observe([job_id])
+        return seen if seen.result is not None else None
+
+    return await until(look, f"the result of {job_id}", within=within)
+
+
+async def forgotten(site: Site, job_id: str) -> None:
+    """Wait until the site has forgotten the job."""
+
+    async def look() -> bool:
+        return await site.forget(job_id)
+
+    await until(look, f"{job_id} forgotten")
+
+
+async def exists(path: Path) -> None:
+    """Wait for a file with something in it."""
+
+    async def look() -> bool:
+        return path.exists() and path.stat().st_size > 0
+
+    await until(look, str(path))
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class PulsarServer:
+    """A `pulsar-serve` on 127.0.0.1 that can be killed and started again."""
+
+    def __init__(self, directory: Path, *, token: str = "s3cret-t0ken", app: str = "") -> None:
+        self.directory, self.token, self.port = directory, token, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.staging = directory / "staging"
+        self.process: subprocess.Popen[bytes] | None = None
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "server.ini").write_text(
+            f"[server:main]\nhost = 127.0.0.1\nport = {self.port}\n[app:main]\nstaging_directory = {self.staging}\n"
+            f"persistence_directory = {directory}/persist\nprivate_token = {token}\n"
+        )
+        if app:
+            (directory / "app.yml").write_text(app)
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        environment = {"HOME": str(self.directory), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "pulsar.scripts.serve", str(self.directory / "server.ini")],
+                cwd=self.directory,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/healthz", params={"private_token": self.token}).status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.05)
+        raise AssertionError(f"Pulsar did not start: {self.log()}")
+
+    def kill(self) -> None:
+        """kill -9 it with its workers, but not its jobs."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> None:
+        """End it."""
+        if self.process is not None and self.process.poll() is None:
+            self.kill()
+
+    def log(self) -> str:
+        """What it has written."""
+        return (self.directory / "log").read_text("utf-8", "replace")
+
+
+class Cutter:
+    """A TCP proxy in front of a server that can swallow answers: the request arrives, the connection is cut."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._server: asyncio.Server | None = None
+        self._busy: set[asyncio.Task[None]] = set()
+        self.cut: Callable[[bytes], bool] = lambda request: False
+        self.port = 0
+
+    async def __aenter__(self) -> Cutter:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        for each in self._busy:
+            each.cancel()
+        await asyncio.gather(*self._busy, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        me = asyncio.current_task()
+        assert me is not None
+        self._busy.add(me)
+        try:
+            await self._pass_on(reader, writer)
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            self._busy.discard(me)
+            writer.close()
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One request per connection."""
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = next((int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")), 0)
+        body = await reader.readexactly(length)
+        above_reader, above_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        above_writer.write(head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1) + body)
+        answer = await above_reader.read()
+        above_writer.close()
+        if not self.cut(head):
+            writer.write(answer)
+            await writer.drain()
