@@ -59,6 +59,7 @@ def main() -> None:
             bare = subprocess.Popen([sys.executable, "-c", BARE], stdout=file, stderr=file)
         # A site that is not there and has room for one job: nothing is measured but the API and the store.
         nowhere = {"TESP_PULSAR__URL": "http://127.0.0.1:9", "TESP_PULSAR__MAX_JOBS": "1"}
+        nowhere["TESP_PULSAR__FILE_ROOTS"] = '["/data"]'
         try:
             with bench.service(**nowhere) as client:
                 ports = {"bare": _port(bare, log), "tesp-api": client.base_url.port or 0}

@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -211,7 +212,7 @@ def _all_site_settings(settings: Settings) -> tuple[SiteSettings, ...]:
     return (SiteSettings(name="embedded", carrier="embedded", **_keys(settings.embedded)),)
 
 
-def _keys(keys: SiteKeys) -> dict[str, object]:
+def _keys(keys: SiteKeys) -> dict[str, Any]:
     return keys.model_dump()
 
 

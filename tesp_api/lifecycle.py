@@ -117,10 +117,15 @@ def _change(
         state=state,
         due_at=due_at,
         attempt=attempt,
-        streams=streams or {},
-        system=system,
+        streams={key: _storable(text) for key, text in (streams or {}).items()},
+        system=tuple(_storable(line) for line in system),
         system_of=number,
     )
+
+
+def _storable(text: str) -> str:
+    """Text from a node or an error, without the lone surrogates that no store takes."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 # The way forward: QUEUED -> INITIALIZING -> RUNNING
@@ -170,6 +175,14 @@ def wait(task: Task, now: float, reason: str, *, pause: float) -> Change:
     return _change(task, due_at=now + pause, attempt=attempt, system=() if noted or not reason else (reason,))
 
 
+def refused(task: Task, number: int, now: float, reason: str) -> Change | None:
+    """Attempt `number` cannot be had at its site: it has not begun, and will not."""
+    attempt = task.attempt
+    if attempt is None or attempt.number != number or task.state not in ACTIVE:
+        return None
+    return _over(task, attempt, now, reason)
+
+
 def silent(task: Task, now: float, reason: str, policy: Policy) -> Change:
     """The site gave no usable answer about an active task: try later, or give up when patience is over."""
     attempt = task.attempt
@@ -193,13 +206,13 @@ def observed(task: Task, seen: Observation, now: float, policy: Policy) -> Chang
     attempt = _heard(attempt, seen, now)
     if seen.exit_code != job.EXIT_DUPLICATE:  # a second start that stood back says nothing of the first
         if seen.exit_code in NO_PYTHON:
-            return give_up(task, now, NO_PYTHON[seen.exit_code], attempt=attempt)
-        if seen.exit_code in NEVER_STARTED:
+            return _over(task, attempt, now, NO_PYTHON[seen.exit_code])
+        if seen.exit_code in NEVER_STARTED and not _has_started(task, seen):
             return _again(task, attempt, now, f"The runner could not start (exit code {seen.exit_code}).", policy)
         if seen.phase in (Phase.ENDED, Phase.UNKNOWN):
             return _gone(task, attempt, seen, now, policy)
     quiet = now - (attempt.heard or attempt.assigned)
-    if quiet > policy.patience and seen.phase is Phase.RUNNING:
+    if quiet > policy.patience:
         return give_up(task, now, f"The job showed no sign of life for {quiet:.0f} s.", attempt=attempt)
     return _going_on(task, attempt, seen, now, policy)
 
@@ -210,12 +223,19 @@ def _heard(attempt: Attempt, seen: Observation, now: float) -> Attempt:
     if beat > attempt.beat:
         return replace(attempt, beat=beat, heard=now, ended=None)
     if seen.phase is Phase.WAITING:  # a queue may be long, and a waiting job has no pulse
-        return replace(attempt, heard=now)
-    return attempt
+        return replace(attempt, heard=now, ended=None)
+    # `lost` can be taken back: what runs has not ended, and when it does, its result has the whole grace to appear.
+    return replace(attempt, ended=None) if seen.phase is Phase.RUNNING else attempt
 
 
 def _known_since(seen: Observation, now: float) -> float | None:
-    return None if seen.phase is Phase.UNKNOWN else now
+    """A site that cannot tell says RUNNING; without a progress that does not show that the submit has arrived."""
+    known = seen.progress is not None or seen.phase in (Phase.WAITING, Phase.ENDED)
+    return now if known else None
+
+
+def _has_started(task: Task, seen: Observation) -> bool:
+    return task.state is TesState.RUNNING or (seen.progress is not None and seen.progress.started is not None)
 
 
 def _going_on(task: Task, attempt: Attempt, seen: Observation, now: float, policy: Policy) -> Change:
@@ -228,7 +248,7 @@ def _going_on(task: Task, attempt: Attempt, seen: Observation, now: float, polic
 
 def _gone(task: Task, attempt: Attempt, seen: Observation, now: float, policy: Policy) -> Change:
     """The job is over or unknown, and there is no result: it may still come (or be found again), so wait a little."""
-    attempt = replace(attempt, ended=attempt.ended or now)
+    attempt = replace(attempt, ended=min(attempt.ended or now, now))  # the clock may have gone back
     assert attempt.ended is not None
     grace = policy.cancel_grace
     if seen.phase is Phase.UNKNOWN:
@@ -237,9 +257,7 @@ def _gone(task: Task, attempt: Attempt, seen: Observation, now: float, policy: P
     if now - attempt.ended < grace:
         pause = min(max(0.05, 0.2 * (now - attempt.ended)), 1.0)
         return _change(task, due_at=now + pause, attempt=attempt)
-    if task.state is TesState.CANCELING:
-        return _finish(task, TesState.CANCELED, attempt, now, system=(_words(seen),), abandoned=True)
-    return give_up(task, now, _words(seen), attempt=attempt)
+    return _over(task, attempt, now, _words(seen))
 
 
 def _words(seen: Observation) -> str:
@@ -259,8 +277,8 @@ def _ended(task: Task, result: job.Result, now: float) -> Change:
         log, streams = _task_log(attempt, result)
         state = TesState(result.state)
         system = tuple(str(line) for line in result.system_logs)
-    except (ValidationError, ValueError, TypeError) as error:
-        return give_up(task, now, f"The job left a result that cannot be read: {str(error).splitlines()[0]}")
+    except (ValidationError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        return give_up(task, now, f"The job left a result that cannot be read: {_first_fault(error)}")
     if task.state is TesState.CANCELING:
         state = TesState.CANCELED
     elif state is TesState.CANCELED or state not in FINAL:
@@ -268,6 +286,13 @@ def _ended(task: Task, result: job.Result, now: float) -> Change:
         state = TesState.SYSTEM_ERROR
     attempt = replace(attempt, log=log)
     return _finish(task, state, attempt, now, system=system, streams=streams)
+
+
+def _first_fault(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        fault = error.errors(include_url=False)[0]
+        return f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
+    return str(error).partition("\n")[0]
 
 
 def _task_log(attempt: Attempt, result: job.Result) -> tuple[TesTaskLog, dict[tuple[int, int, str], str]]:
@@ -281,9 +306,11 @@ def _task_log(attempt: Attempt, result: job.Result) -> tuple[TesTaskLog, dict[tu
         for each in result.executors
     ]
     outputs = [
-        TesOutputFileLog(url=each.url, path=each.path, size_bytes=int(each.size_bytes)) for each in result.outputs
+        TesOutputFileLog(url=_storable(each.url), path=_storable(each.path), size_bytes=int(each.size_bytes))
+        for each in result.outputs
     ]
-    metadata = {**(attempt.log.metadata or {}), **{str(key): str(value) for key, value in result.metadata.items()}}
+    told = {_storable(str(key)): _storable(str(value)) for key, value in result.metadata.items()}
+    metadata = {**(attempt.log.metadata or {}), **told}
     log = TesTaskLog(
         logs=logs, outputs=outputs, metadata=metadata, start_time=attempt.log.start_time, end_time=result.end_time
     )
@@ -313,6 +340,13 @@ def give_up(task: Task, now: float, reason: str, *, attempt: Attempt | None = No
     if attempt is None:
         return _change(task, TesState.SYSTEM_ERROR, due_at=None, system=(reason,))
     return _finish(task, TesState.SYSTEM_ERROR, attempt, now, system=(reason,), abandoned=True)
+
+
+def _over(task: Task, attempt: Attempt, now: float, reason: str) -> Change:
+    """Nothing of the job runs and no other try would help: CANCELED if that was the wish, else SYSTEM_ERROR."""
+    if task.state is TesState.CANCELING:
+        return _finish(task, TesState.CANCELED, attempt, now, system=(reason,), abandoned=True)
+    return give_up(task, now, reason, attempt=attempt)
 
 
 def _again(task: Task, attempt: Attempt, now: float, reason: str, policy: Policy) -> Change:

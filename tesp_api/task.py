@@ -142,7 +142,7 @@ def new_task(spec: TesTask, *, owner: str = "", now: float | None = None) -> Tas
     if contents:
         spec = spec.model_copy(update={"inputs": inputs})
     document = spec.model_dump_json(exclude_none=True, exclude=READ_ONLY)
-    return Task(
+    task = Task(
         id=new_id(created),
         document=document,
         created=created,
@@ -150,6 +150,8 @@ def new_task(spec: TesTask, *, owner: str = "", now: float | None = None) -> Tas
         due_at=created,
         bodies=Bodies(contents=contents),
     )
+    task.__dict__["spec"] = spec  # it is at hand, so the cached property need not read the document again
+    return task
 
 
 READ_ONLY = {"id", "state", "logs", "creation_time"}

@@ -47,7 +47,11 @@ def _start() -> str:
     command = [dockerd, "-H", host, "--data-root", f"{directory}/data", "--exec-root", f"{directory}/exec"]
     with (directory / "log").open("wb") as log:
         daemon = subprocess.Popen(
-            [*command, "--pidfile", f"{directory}/pid"], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            [*command, "--pidfile", f"{directory}/pid"],
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
     atexit.register(_stop, daemon, directory)
     deadline = time.monotonic() + 60
@@ -90,5 +94,7 @@ def _import_image() -> bool:
         Path(root, "etc").mkdir()
         Path(root, "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
         tar = subprocess.Popen(["tar", "-C", root, "-c", "."], stdout=subprocess.PIPE)
-        done = subprocess.run(["docker", "import", "-c", 'CMD ["sh"]', "-", IMAGE], stdin=tar.stdout, capture_output=True)
+        done = subprocess.run(
+            ["docker", "import", "-c", 'CMD ["sh"]', "-", IMAGE], stdin=tar.stdout, capture_output=True
+        )
         return tar.wait() == 0 and done.returncode == 0

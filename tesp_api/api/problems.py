@@ -48,7 +48,10 @@ def problem(
 
 
 def install(app: FastAPI) -> None:
-    """Make the app answer every error in this shape. Call it before other middleware is added."""
+    """Make the app answer every error in this shape.
+
+    Middleware that is added later lies around this, so that for example CORS headers reach the errors too.
+    """
     for kind in STATUS:
         app.add_exception_handler(kind, _known)
     app.add_exception_handler(HTTPException, _http)
@@ -57,7 +60,7 @@ def install(app: FastAPI) -> None:
 
 
 class Unexpected:
-    """Outermost of ours: turns an exception that nobody expected into a 500 that tells nothing, and logs it."""
+    """Turns an exception that nobody expected into a 500 that tells nothing, and logs it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -75,17 +78,11 @@ class Unexpected:
 
         try:
             await self.app(scope, receive, watched)
-        except Exception as error:
+        except Exception:
             logger.exception("%s %s failed", scope["method"], scope["path"])
             if started:
                 raise
-            await self._answer(error)(scope, receive, send)
-
-    def _answer(self, error: Exception) -> Response:
-        status = _status(error)
-        if status is not None:  # raised by another middleware, outside of the handlers
-            return _render(status, error)
-        return problem(500, "The server made a mistake; its log says more.")
+            await problem(500, "The server made a mistake; its log says more.")(scope, receive, send)
 
 
 def _status(error: Exception) -> HTTPStatus | None:

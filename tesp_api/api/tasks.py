@@ -138,7 +138,7 @@ def _with_lines(task: Task, lines: Sequence[str]) -> Task:
 async def read_body(request: Request, limit: int) -> bytes:
     """The body, whatever its content type; BodyTooLarge as soon as it is clear that it is larger than `limit`."""
     declared = request.headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and int(declared) > limit:
+    if declared.isascii() and declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
         raise BodyTooLarge(f"The body must not be larger than {limit} bytes.")
     body = bytearray()
     async for chunk in request.stream():

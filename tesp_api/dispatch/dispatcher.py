@@ -5,23 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from tesp_api import lifecycle
 from tesp_api.dispatch import place
 from tesp_api.dispatch.plan import plan
 from tesp_api.dispatch.record import record
-from tesp_api.errors import PlanError, SiteRefused, SiteUnavailable
+from tesp_api.errors import PlanError, SiteRefused, SiteUnavailable, StoreUnavailable
 from tesp_api.lifecycle import Policy
 from tesp_api.sites import Site, SiteFacts
-from tesp_api.store import Load, TaskStore
-from tesp_api.task import Attempt, Bodies, Task
+from tesp_api.store import Load, Ring, TaskStore
+from tesp_api.task import ACTIVE, Attempt, Bodies, Task
+from tesp_api.tes import TesState
 
 log = logging.getLogger(__name__)
 
 BATCH = 64
 """Tasks taken in one round, so that the lease is long enough for all of them."""
+
+FULL_FOR = 1.0
+"""Seconds for which tasks that found no room are let alone, unless something has ended."""
 
 
 class Dispatcher:
@@ -29,7 +33,13 @@ class Dispatcher:
 
     name = "dispatcher"
 
-    def __init__(self, store: TaskStore, sites: Mapping[str, Site], policies: Mapping[str, Policy]) -> None:
+    def __init__(
+        self,
+        store: TaskStore,
+        sites: Mapping[str, Site],
+        policies: Mapping[str, Policy],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._store = store
         self._sites = sites
         self._facts: Sequence[SiteFacts] = [site.facts for site in sites.values()]
@@ -37,20 +47,40 @@ class Dispatcher:
         self._lease = min((policy.lease for policy in policies.values()), default=Policy().lease)
         self._submitting: set[asyncio.Task[None]] = set()
         self._blocked = False
+        self._clock = clock
+        self._full: tuple[Mapping[str, Load], float] | None = None
 
     async def tick(self) -> int:
         """Take what is due and fits, and start its submits; how many were assigned."""
         loads = dict(await self._store.loads())
         room = sum(place.room(facts, loads.get(facts.name, Load())) for facts in self._facts)
-        self._blocked = room == 0
+        now = self._clock()
+        self._blocked = room == 0 or self._is_still_full(loads, now)
         if self._blocked:
             return 0
-        now = time.time()
+        before = dict(loads)
         tasks = await self._store.take_due(queued=True, now=now, lease=self._lease, limit=min(room, BATCH))
         assigned = 0
         for task in tasks:
-            assigned += await self._assign(task, loads)
+            try:
+                assigned += await self._assign(task, loads)
+            except StoreUnavailable:
+                raise
+            except Exception as error:  # one task must not hold up the others
+                log.exception("%s could not be assigned", task.id)
+                reason = f"The service failed: {error!r}"
+                await record(self._store, task, lambda task: _misfit(task, now, reason))
+        self._full = (before, now) if self._blocked and not assigned else None
         return assigned
+
+    def _is_still_full(self, loads: Mapping[str, Load], now: float) -> bool:
+        """Whether the last round found no room for anything and nothing has changed: putting tasks back rings the
+        bell too, and must not start the next round."""
+        return self._full is not None and self._full[0] == loads and 0 <= now - self._full[1] < FULL_FOR
+
+    def wakes_on(self) -> Ring:
+        """New tasks, but only room when there is none: a burst of creates must not cost a look each."""
+        return Ring.ROOM if self._blocked else Ring.QUEUED | Ring.ROOM
 
     async def next_due(self) -> float | None:
         """The oldest waiting task, unless all sites are full: then the end of another task rings the bell."""
@@ -62,10 +92,10 @@ class Dispatcher:
             await asyncio.wait(self._submitting)
 
     async def _assign(self, task: Task, loads: dict[str, Load]) -> bool:
-        now = time.time()
+        now = self._clock()
         facts, reason = place.choose(self._facts, loads, task.spec.resources)
         if facts is None and reason:
-            await record(self._store, task, lambda task: _refused(task, now, reason))
+            await record(self._store, task, lambda task: _misfit(task, now, reason))
             return False
         if facts is None:
             self._blocked = True
@@ -96,19 +126,25 @@ class Dispatcher:
             await self._submit(task, attempt, policy)
         except SiteUnavailable as error:
             reason = str(error)
-            await record(self._store, task, lambda task: _unsure(task, attempt, reason, policy))
+            await record(self._store, task, lambda task: _unsure(task, attempt, self._clock(), reason, policy))
         except (PlanError, SiteRefused) as error:
             reason = str(error)
-            await record(self._store, task, lambda task: _refused(task, time.time(), reason, attempt.number))
+            await record(self._store, task, lambda task: lifecycle.refused(task, attempt.number, self._clock(), reason))
+        except StoreUnavailable:
+            raise
+        except Exception as error:  # a mistake of ours or of the site's; patience ends it if it stays
+            log.exception("the submit of %s failed", attempt.job_id)
+            reason = f"The service failed: {error!r}"
+            await record(self._store, task, lambda task: _unsure(task, attempt, self._clock(), reason, policy))
         else:
-            await record(self._store, task, lambda task: lifecycle.confirmed(task, attempt.number, time.time()))
+            await record(self._store, task, lambda task: lifecycle.confirmed(task, attempt.number, self._clock()))
 
     async def _submit(self, task: Task, attempt: Attempt, policy: Policy) -> None:
         site = self._sites[attempt.site]
-        contents = await self._store.contents(task.id) if _has_contents(task) else {}
+        contents = await self._store.contents(task.id) if task.spec.inputs else {}
         document = plan(replace(task, bodies=Bodies(contents=contents)), site.facts)
         # A process that slept through its lease must not submit: another may have ended the task meanwhile.
-        left = (task.due_at or 0.0) - 0.2 * policy.lease - time.time()
+        left = (task.due_at or 0.0) - 0.2 * policy.lease - self._clock()
         if left <= 0:
             raise SiteUnavailable("The lease ran out before the job was submitted.")
         try:
@@ -118,22 +154,16 @@ class Dispatcher:
             raise SiteUnavailable(f"The site {attempt.site!r} did not answer the submit in time.") from None
 
 
-def _has_contents(task: Task) -> bool:
-    return any(not item.url for item in task.spec.inputs or ())
-
-
-def _refused(task: Task, now: float, reason: str, number: int | None = None) -> lifecycle.Change | None:
-    if task.final or (number is not None and (task.attempt is None or task.attempt.number != number)):
-        return None
-    return lifecycle.give_up(task, now, reason)
+def _misfit(task: Task, now: float, reason: str) -> lifecycle.Change | None:
+    return lifecycle.give_up(task, now, reason) if task.state is TesState.QUEUED else None
 
 
 def _later(task: Task, now: float) -> lifecycle.Change | None:
     """Put a task that found no room back at its place in the queue."""
-    return None if task.final else lifecycle.wait(task, now, "", pause=task.created - now)
+    return lifecycle.wait(task, now, "", pause=task.created - now) if task.state is TesState.QUEUED else None
 
 
-def _unsure(task: Task, attempt: Attempt, reason: str, policy: Policy) -> lifecycle.Change | None:
-    if task.final or task.attempt is None or task.attempt.number != attempt.number:
+def _unsure(task: Task, attempt: Attempt, now: float, reason: str, policy: Policy) -> lifecycle.Change | None:
+    if task.state not in ACTIVE or task.attempt is None or task.attempt.number != attempt.number:
         return None
-    return lifecycle.silent(task, time.time(), reason, policy)
+    return lifecycle.silent(task, now, reason, policy)

@@ -8,7 +8,7 @@ import time
 from typing import Protocol
 
 from tesp_api.errors import StoreUnavailable
-from tesp_api.store import Bell
+from tesp_api.store import Bell, Ring
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,9 @@ class Ticker(Protocol):
 
     async def tick(self) -> int:
         """Do one round; how many tasks it moved."""
+
+    def wakes_on(self) -> Ring:
+        """Which rings of the store's bell are worth a tick now."""
 
     async def next_due(self) -> float | None:
         """When there will be something to do, in seconds since the epoch; None if nothing is known."""
@@ -50,7 +53,7 @@ async def run(ticker: Ticker, bell: Bell) -> None:
             await asyncio.sleep(pause)
             continue
         if pause > 0:
-            await listener.wait(pause)
+            await listener.wait(pause, ticker.wakes_on())
         else:
             await asyncio.sleep(0)
 

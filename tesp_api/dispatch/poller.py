@@ -13,7 +13,7 @@ from tesp_api.dispatch.record import record
 from tesp_api.errors import SiteError
 from tesp_api.lifecycle import Policy
 from tesp_api.sites import Site
-from tesp_api.store import TaskStore
+from tesp_api.store import Ring, TaskStore
 from tesp_api.task import Attempt, Observation, Phase, Task, task_of
 from tesp_api.tes import TesState, TesView
 
@@ -52,6 +52,10 @@ class Poller:
             # A slow or dead site must not keep the others waiting, so each group goes its own way.
             self._start(self._look(name, group), f"look at {name}")
         return len(tasks)
+
+    def wakes_on(self) -> Ring:
+        """Whatever is under way."""
+        return Ring.OPEN
 
     async def next_due(self) -> float | None:
         """When the next job is to be looked at."""

@@ -24,7 +24,7 @@ DIRECTORY = "DIRECTORY"
 # Exit codes of the runner's process. 0: result.json is written (whatever it says). The others mean that no executor
 # was started, so that the service may try again under a new job id.
 EXIT_DONE = 0
-EXIT_UNREADABLE_RUNNER = 1  # python could not read the zipapp, it is cut off or damaged: python's own code
+EXIT_UNREADABLE_RUNNER = 1  # python could not read the zipapp (cut off, damaged) or not begin: python's own code
 EXIT_NO_RUNNER = 2  # python could not open the zipapp at all: python's own code for that
 EXIT_DAMAGED_RUNNER = 76  # the zipapp's hash is not the expected one
 EXIT_OLD_PYTHON = 77  # this python cannot run the runner
@@ -195,6 +195,8 @@ def to_document(value: Any) -> Any:
 
 
 def _rows(kind: Any, documents: Any) -> List[Any]:
+    if not isinstance(documents, list):
+        raise ValueError("%s: not in a list" % kind.__name__)
     return [_record(kind, document) for document in documents]
 
 

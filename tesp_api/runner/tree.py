@@ -52,7 +52,8 @@ class _Level(NamedTuple):
 class _Spot:
     """Where a path ends, links resolved: `name` in the directory `fd`, or a point, or (both None) only a way to one."""
 
-    def __init__(self, fd: Optional[int], name: bytes, point: Optional[Point], root: bool = False) -> None:
+    def __init__(self, at: Parts, fd: Optional[int], name: bytes, point: Optional[Point], root: bool = False) -> None:
+        self.at = at  # the path without links
         self.fd = fd
         self.name = name
         self.point = point  # the one that the spot lies in
@@ -246,7 +247,7 @@ class Tree:
 
     def _list(self, path: str) -> List[bytes]:
         spot = self._locate(path + "/.")
-        here = tuple(parts(path))
+        here = spot.at
         nested = {at[len(here)] for at in self._points if len(at) > len(here) and at[: len(here)] == here}
         try:
             if spot.fd is None and not spot.root:
@@ -268,7 +269,7 @@ class Tree:
             root = self._points.get(())
             if root is not None:
                 if not todo:
-                    return _Spot(None, b"", root, root=True)
+                    return _Spot((), None, b"", root, root=True)
                 stack[0] = _Level(b"", os.open(encode(root.real), _DIRECTORY), root)
             while todo:
                 name = todo.pop()
@@ -280,7 +281,7 @@ class Tree:
                 point = self._points.get(here)
                 if point is not None:
                     if not todo:
-                        return _Spot(None, name, point, root=True)
+                        return _Spot(here, None, name, point, root=True)
                     if point.kind == job.FILE:
                         raise Missing("%s does not exist: it leads through a file" % show(path))
                     stack.append(_Level(name, os.open(encode(point.real), _DIRECTORY), point))
@@ -298,7 +299,7 @@ class Tree:
                         stack.append(_Level(name, None, None))
                         continue
                     if not todo and not make_last:
-                        return _Spot(os.dup(top.fd), name, top.point)
+                        return _Spot(here, os.dup(top.fd), name, top.point)
                     if not make:
                         raise Missing("%s does not exist" % show(path))
                     facts = self._make(path, top, name)
@@ -312,14 +313,15 @@ class Tree:
                     todo.extend(reversed([part for part in target.split(b"/") if part not in (b"", b".")]))
                     continue
                 if not todo and not make_last:
-                    return _Spot(os.dup(top.fd), name, top.point)
+                    return _Spot(here, os.dup(top.fd), name, top.point)
                 if not modes.S_ISDIR(facts.st_mode):
                     if make_last:
                         raise Refused("%s is in the way: not a directory" % show(path))
                     raise Missing("%s does not exist: it leads through a file" % show(path))
                 stack.append(_Level(name, os.open(name, _DIRECTORY, dir_fd=top.fd), top.point))
             top = stack[-1]
-            return _Spot(None if top.fd is None else os.dup(top.fd), b".", top.point)
+            here = tuple(level.name for level in stack[1:])
+            return _Spot(here, None if top.fd is None else os.dup(top.fd), b".", top.point)
         finally:
             _drop(stack, 0)
 

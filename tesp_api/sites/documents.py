@@ -59,7 +59,13 @@ def begun(found: job.Progress | None) -> bool:
 
 
 def exit_code(code: int | None, found: job.Progress | None) -> int | None:
-    """The runner's exit code, but not one that claims that nothing was started when the progress says otherwise."""
+    """What the exit code of a job without a result means as a runner's.
+
+    A code that claims that nothing was started is None when the progress says otherwise. A success that left no trace
+    is an empty runner: an upload that broke off can leave that, and python runs it happily.
+    """
+    if code == job.EXIT_DONE and not begun(found):
+        return job.EXIT_DAMAGED_RUNNER
     return None if code in NOT_BEGUN and begun(found) else code
 
 

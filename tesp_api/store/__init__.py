@@ -8,9 +8,10 @@ that what a dead process held comes back by itself and two processes never hold 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Flag, auto
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -51,36 +52,59 @@ class Load:
     ram_gb: float = 0.0
 
 
+class Ring(Flag):
+    """What may be worth a look."""
+
+    QUEUED = auto()  # a task waits for a site
+    ROOM = auto()  # a task has ended, so a site may have room
+    OPEN = auto()  # a task that is not QUEUED has a new `due_at`
+
+
+ANY = Ring.QUEUED | Ring.ROOM | Ring.OPEN
+
+
 class Bell:
     """Wakes this process's loops when something may have become due. A hint: nothing is lost if nobody listens."""
 
     def __init__(self) -> None:
-        self._listeners: set[asyncio.Event] = set()
+        self._listeners: set[Listener] = set()
 
-    def ring(self) -> None:
-        """Wake every listener. Call it on the event loop's thread."""
-        for event in self._listeners:
-            event.set()
+    def ring(self, what: Ring = ANY) -> None:
+        """Wake those who wait for any of this. Call it on the event loop's thread."""
+        for listener in self._listeners:
+            listener.hear(what)
 
     def listen(self) -> Listener:
         """A new listener; it hears every ring from now on."""
-        event = asyncio.Event()
-        self._listeners.add(event)
-        return Listener(event)
+        listener = Listener()
+        self._listeners.add(listener)
+        return listener
 
 
 class Listener:
     """One loop's ear on a Bell."""
 
-    def __init__(self, event: asyncio.Event) -> None:
-        self._event = event
+    def __init__(self) -> None:
+        self._heard = Ring(0)
+        self._awaited = ANY
+        self._event = asyncio.Event()
 
-    async def wait(self, timeout: float) -> None:
-        """Return after a ring, at once if it rang since the last call, or after `timeout` seconds."""
+    def hear(self, what: Ring) -> None:
+        """The bell rang."""
+        self._heard |= what
+        if self._heard & self._awaited:
+            self._event.set()
+
+    async def wait(self, timeout: float, what: Ring = ANY) -> None:
+        """Return after a ring for `what`, at once if it rang since the last call, or after `timeout` seconds."""
+        self._awaited = what
+        if self._heard & what:
+            self._event.set()
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self._event.wait()
         self._event.clear()
+        self._heard = Ring(0)
 
 
 class TaskStore(Protocol):
@@ -130,6 +154,9 @@ class TaskStore(Protocol):
     ) -> None: ...
 
 
-def merge_pairs(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Tag conditions without repetitions, in a stable order."""
-    return tuple(dict.fromkeys(pairs))
+def ring_for(task: Task) -> Ring:
+    """What a store rings after it has changed a task."""
+    if task.final:
+        return Ring.ROOM | Ring.OPEN
+    return Ring.QUEUED | Ring.ROOM if task.state is TesState.QUEUED else Ring.OPEN
+

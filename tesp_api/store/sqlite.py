@@ -13,6 +13,7 @@ import queue
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ from typing import Any, Self, TypeVar
 
 from tesp_api.errors import StoreUnavailable
 from tesp_api.lifecycle import KEEP, Change
-from tesp_api.store import Bell, Load, Page, Query
+from tesp_api.store import Bell, Load, Page, Query, Ring, ring_for
 from tesp_api.store.codec import (
     SYSTEM,
     asked,
@@ -59,6 +60,7 @@ MIGRATIONS = (
     CREATE INDEX task_active ON task (site, cpus, ram_gb) WHERE state IN ({_ACTIVE});
     CREATE INDEX task_state ON task (state, id);
     CREATE INDEX task_name ON task (name, id);
+    CREATE INDEX task_owner ON task (owner, id);
     CREATE TABLE tag (
         key TEXT NOT NULL,
         value TEXT NOT NULL,
@@ -81,6 +83,10 @@ MIGRATIONS = (
 _MINIMAL = "task.id, task.state, task.version, task.due_at, task.created, task.owner"
 _BASIC = _MINIMAL + ", task.attempts, task.document"
 BATCH = 256
+FEW = 2000
+"""Fewer matches than this are sorted; more are looked for in order."""
+_OURS = (sqlite3.OperationalError, sqlite3.DatabaseError)
+"""What the disk or another process did; anything else is the caller's."""
 
 
 class SqliteStore:
@@ -93,11 +99,13 @@ class SqliteStore:
         self._reader = self._writer if self.path == ":memory:" else _Worker(self.path, writes=False)
 
     async def __aenter__(self) -> Self:
-        if self.path != ":memory:":
-            Path(self.path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         await self._writer.start(_migrate)
-        if self._reader is not self._writer:
-            await self._reader.start(None)
+        try:
+            if self._reader is not self._writer:
+                await self._reader.start(None)
+        except BaseException:
+            await self._writer.stop()
+            raise
         return self
 
     async def __aexit__(
@@ -108,7 +116,7 @@ class SqliteStore:
 
     async def add(self, task: Task) -> None:
         await self._writer.call(lambda db: _add(db, task), durable=True)
-        self.bell.ring()
+        self.bell.ring(Ring.QUEUED)
 
     async def get(self, task_id: str, view: TesView = TesView.MINIMAL, *, owner: str | None = None) -> Task | None:
         return await self._reader.call(lambda db: _get(db, task_id, view, owner))
@@ -120,7 +128,7 @@ class SqliteStore:
         durable = change.state is not None or bool(change.system)
         task = await self._writer.call(lambda db: _apply(db, task_id, change), durable=durable)
         if task is not None and (change.state is not None or change.due_at is not KEEP):
-            self.bell.ring()
+            self.bell.ring(ring_for(task))
         return task
 
     async def take_due(self, *, queued: bool, now: float, lease: float, limit: int) -> list[Task]:
@@ -136,7 +144,7 @@ class SqliteStore:
         return (await self._reader.call(lambda db: _bodies(db, [task_id])))[task_id].contents
 
     async def ping(self) -> None:
-        await self._reader.call(lambda db: db.execute("SELECT 1").fetchone())
+        await self._reader.call(lambda db: db.execute("SELECT 1 FROM sqlite_schema").fetchone())
 
 
 # One thread, one connection
@@ -148,8 +156,10 @@ class _Worker:
     def __init__(self, path: str, *, writes: bool) -> None:
         self._path = path
         self._writes = writes
+        self._durable: bool | None = None
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._open_for_calls = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._db: sqlite3.Connection | None = None
 
@@ -159,16 +169,18 @@ class _Worker:
         self._db = await opened
         self._thread = threading.Thread(target=self._run, name="tesp-sqlite", daemon=True)
         self._thread.start()
+        self._open_for_calls = True
 
     async def stop(self) -> None:
         if self._thread is None:
             return
+        self._open_for_calls = False  # what is queued is still done; nothing may queue up behind the end
         self._calls.put(None)
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
         self._thread = None
 
     async def call(self, function: Callable[[sqlite3.Connection], T], *, durable: bool = False) -> T:
-        if self._thread is None or self._loop is None:
+        if not self._open_for_calls or self._loop is None:
             raise StoreUnavailable("The store is not open.")
         call = _Call(function, durable, self._loop.create_future())
         self._calls.put(call)
@@ -176,13 +188,21 @@ class _Worker:
         return result
 
     def _open(self, prepare: Callable[[sqlite3.Connection], None] | None) -> sqlite3.Connection:
+        db = None
         try:
+            if self._path != ":memory:":
+                Path(self._path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                Path(self._path).touch(mode=0o600)  # tasks may hold secrets
             db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=30)
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA foreign_keys = ON")
             if prepare is not None:
                 prepare(db)
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error, StoreUnavailable) as error:
+            if db is not None:
+                db.close()
+            if isinstance(error, StoreUnavailable):
+                raise
             raise StoreUnavailable(f"The store {self._path} cannot be opened: {error}") from error
         return db
 
@@ -194,7 +214,8 @@ class _Worker:
             batch, last = self._next_batch()
             if batch:
                 self._commit(batch)
-                self._loop.call_soon_threadsafe(_answer, batch)
+                with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                    self._loop.call_soon_threadsafe(_answer, batch)
         self._db.close()
 
     def _next_batch(self) -> tuple[list[_Call], bool]:
@@ -209,30 +230,34 @@ class _Worker:
         return batch, True
 
     def _commit(self, batch: list[_Call]) -> None:
-        """Run the calls in one transaction; one that fails is undone alone, unless the commit itself fails."""
-        db = self._db
-        assert db is not None
-        try:
-            if self._writes:
-                db.execute(f"PRAGMA synchronous = {'FULL' if any(call.durable for call in batch) else 'NORMAL'}")
-            db.execute("BEGIN IMMEDIATE" if self._writes else "BEGIN")
+        """Run the calls in one transaction. If one fails, all are undone and each is run again in its own."""
+        assert self._db is not None
+        if not self._transaction(self._db, batch) and len(batch) > 1:
             for call in batch:
-                self._run_one(db, call)
+                self._transaction(self._db, [call])
+
+    def _transaction(self, db: sqlite3.Connection, calls: list[_Call]) -> bool:
+        """Whether all was done and committed; else nothing was, and each call holds the error."""
+        try:
+            self._flush_to_disk(db, any(call.durable for call in calls))
+            db.execute("BEGIN IMMEDIATE" if self._writes else "BEGIN")
+            for call in calls:
+                call.result = call.function(db)
+                call.error = None
             db.execute("COMMIT")
-        except sqlite3.Error as error:
+        except Exception as error:
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            for call in batch:
-                call.error = StoreUnavailable(f"The store could not be used: {error}")
+            known = StoreUnavailable(f"The store could not be used: {error}") if isinstance(error, _OURS) else error
+            for call in calls:
+                call.error = known
+            return False
+        return True
 
-    def _run_one(self, db: sqlite3.Connection, call: _Call) -> None:
-        db.execute("SAVEPOINT one")
-        try:
-            call.result = call.function(db)
-        except Exception as error:
-            db.execute("ROLLBACK TO one")
-            call.error = StoreUnavailable(str(error)) if isinstance(error, sqlite3.OperationalError) else error
-        db.execute("RELEASE one")
+    def _flush_to_disk(self, db: sqlite3.Connection, durable: bool) -> None:
+        if self._writes and durable != self._durable:
+            db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._durable = durable
 
 
 class _Call:
@@ -372,8 +397,11 @@ def _page(db: sqlite3.Connection, query: Query, view: TesView) -> Page:
         conditions.append("task.state = ?")
         values.append(query.state)
     if query.name_prefix:
-        conditions.append("task.name >= ? AND substr(task.name, 1, ?) = ?")
-        values += [query.name_prefix, len(query.name_prefix), query.name_prefix]  # type: ignore[list-item]
+        beyond = _beyond(query.name_prefix)
+        # A rare name is found by its index; a common one sooner in the order of ids (`+` keeps the index out).
+        column = "task.name" if not query.tags and _are_few(db, query.name_prefix, beyond) else "+task.name"
+        conditions.append(f"{column} >= ?" + (f" AND {column} < ?" if beyond else ""))
+        values += [query.name_prefix, beyond] if beyond else [query.name_prefix]
     if query.owner is not None:
         conditions.append("task.owner = ?")
         values.append(query.owner)
@@ -389,6 +417,24 @@ def _page(db: sqlite3.Connection, query: Query, view: TesView) -> Page:
         bodies = _bodies(db, [task.id for task in tasks])
         tasks = [replace(task, bodies=bodies[task.id]) for task in tasks]
     return Page(tuple(tasks), more=len(rows) > query.limit)
+
+
+def _are_few(db: sqlite3.Connection, first: str, beyond: str | None) -> bool:
+    rows = db.execute(
+        f"SELECT 1 FROM task WHERE name >= ?{' AND name < ?' if beyond else ''} LIMIT {FEW}",
+        (first, beyond) if beyond else (first,),
+    )
+    return len(rows.fetchall()) < FEW
+
+
+def _beyond(prefix: str) -> str | None:
+    """The first text after all that begin with `prefix`, in the order of code points; None if there is none."""
+    while prefix:
+        code = ord(prefix[-1]) + 1
+        if code <= 0x10FFFF:
+            return prefix[:-1] + chr(0xE000 if 0xD800 <= code < 0xE000 else code)
+        prefix = prefix[:-1]
+    return None
 
 
 def _apply(db: sqlite3.Connection, task_id: str, change: Change) -> Task | None:

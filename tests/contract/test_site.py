@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import stat
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from tesp_api.runner.job import EXIT_BAD_PLAN, Input
 from tesp_api.sites import Site, SiteFacts
 from tesp_api.sites.local import LocalSite
-from tesp_api.sites.pulsar.embedded import EmbeddedSite
+from tesp_api.sites.pulsar.embedded import EmbeddedPulsar, EmbeddedSite
 from tesp_api.sites.pulsar.rest import RestCarrier
 from tesp_api.sites.pulsar.site import PulsarSite
 from tesp_api.task import Phase
@@ -43,13 +44,28 @@ def pulsar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PulsarServer]:
 
 
 @pytest.fixture(scope="module")
-def embedded_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def embedded_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The directory of an embedded Pulsar that another service keeps running meanwhile."""
     require(importlib.util.find_spec("pulsar"), "pulsar-app is not installed")
-    return tmp_path_factory.mktemp("embedded")
+    directory = tmp_path_factory.mktemp("embedded")
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    owner = EmbeddedPulsar(directory)
+    asyncio.run_coroutine_threadsafe(owner.__aenter__(), loop).result()
+    yield directory
+    asyncio.run_coroutine_threadsafe(owner.__aexit__(None, None, None), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
 
 
 @pytest.fixture(
-    params=["local", pytest.param("rest", marks=pytest.mark.service), pytest.param("embedded", marks=pytest.mark.service)]
+    params=[
+        "local",
+        pytest.param("rest", marks=pytest.mark.service),
+        pytest.param("embedded", marks=pytest.mark.service),
+    ]
 )
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     runner = standin.bundle()

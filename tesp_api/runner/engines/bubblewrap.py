@@ -15,7 +15,7 @@ from ..mounts import Bound
 from ..tree import decode, encode, reason
 from . import Engine, Run, mark
 
-_FRESH = ("/proc", "/dev", "/tmp", "/run", "/var/run", "/var/tmp")  # noqa: S108
+_FRESH = ("/proc", "/dev", "/tmp", "/run")  # noqa: S108
 _SETUP_FAILED = "bwrap: "
 
 
@@ -110,7 +110,11 @@ def arguments(bounds: List[Bound], hide: Iterable[str], workdir: str, env: Dict[
         _Goal(_settled(bound.target, node), ["--ro-bind" if bound.read_only else "--bind", bound.real])
         for bound in bounds
     ]
-    masks = [_Goal(place, ["--tmpfs"]) for place in sorted({node.real(path) for path in hide}) if _masked(place, node)]
+    masks = [
+        _Goal(place, ["--tmpfs"])
+        for place in sorted({node.real(path) for path in [*hide, "/var/run", "/var/tmp"]})
+        if _masked(place, node)
+    ]
     place = _settled(workdir, node) if workdir else ""
     made: List[_Goal] = []
     if place and not _covered(place, goals) and not node.directory(place):
@@ -138,9 +142,7 @@ def _picture(folder: str, goals: Set[str], node: Node) -> List[str]:
         below = {goal for goal in goals if goal.startswith(path + "/")}
         if link:
             options += ["--symlink", link, path]
-        elif node.directory(path) and (
-            any(not node.exists(goal) for goal in below) or any(fresh.startswith(path + "/") for fresh in _FRESH)
-        ):
+        elif node.directory(path) and (any(not node.exists(goal) for goal in below)):
             options += ["--dir", path, *_picture(path, below, node)]
         else:
             options += ["--ro-bind-try", path, path]

@@ -2,8 +2,8 @@
 
 Nothing can be mounted, so a mount's target, wherever it stands as a whole path or the beginning of one in an argument,
 in a value of the environment or in the work directory, is replaced by its place on the node. It begins at the start of
-the text or after a character that is none of letters, digits, `.`, `_`, `-`, `/`; it ends at the end of the text or before
-a `/` or such a character. The longest target wins. Files are not searched.
+the text or after a character that is none of letters, digits, `.`, `_`, `-`, `/`; it ends at the end of the text or
+before a `/` or such a character. The longest target wins. Files are not searched.
 """
 
 import os

@@ -191,7 +191,7 @@ class PulsarSite:
             # The second of two launches stood back; Pulsar takes its end for the end of both.
             return Observation(job_id=job_id, phase=Phase.RUNNING, progress=progress, exit_code=code)
         believed = documents.exit_code(code, progress)
-        if not documents.begun(progress) and code in (1, job.EXIT_NO_RUNNER, job.EXIT_DAMAGED_RUNNER):
+        if not documents.begun(progress) and believed in (1, job.EXIT_NO_RUNNER, job.EXIT_DAMAGED_RUNNER):
             self._suspect_runner(job_id)
         return Observation(
             job_id=job_id,

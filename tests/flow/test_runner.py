@@ -1,0 +1,402 @@
+"""The real zipapp as a process, its executors directly on the node: everything but the container engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tesp_api.runner import bundle, job
+from tesp_api.runner.engines import marked
+from tests.runner_jobs import BUNDLE, Job, executor, mounts, until
+
+HOST = job.Runtime("host")
+PYTHONS = sorted(Path("/root/.pyenv/versions").glob("3.*/bin/python")) if os.access("/root", os.R_OK) else []
+
+Make = Callable[..., Job]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    def made(*executors: job.Executor, python: str = sys.executable, **plan: Any) -> Job:
+        roots = [job.FileRoot(str(tmp_path / "data"))]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        return Job(tmp_path, {"executors": list(executors), "runtime": HOST, "file_roots": roots, **plan}, python)
+
+    return made
+
+
+def sh(script: str, **options: Any) -> job.Executor:
+    return executor("sh", "-c", script, **options)
+
+
+def test_happy_path(make: Make, tmp_path: Path) -> None:
+    """Inputs, several executors that share a directory, streams, outputs: and the truth in the right order."""
+    made = make(
+        sh(
+            "cat; echo $GREETING >&2; mkdir /work/made; cp /work/in.txt /work/made/a",
+            stdin="/work/in.txt",
+            env={"GREETING": "hi"},
+        ),
+        sh("cat made/a; pwd", workdir="/work", stdout="/work/logs/out", stderr="/work/logs/err"),
+        inputs=[job.Input("/work/in.txt", content="inp\u00fct\n"), job.Input("/one", content="1")],
+        outputs=[
+            job.Output("/work/logs/out", f"{tmp_path}/data/out.txt"),
+            job.Output("/work/made", f"file://{tmp_path}/data/a%20dir/", job.DIRECTORY),
+            job.Output("/work/lo*/e??", f"{tmp_path}/data/glob/", prefix="/work"),
+            job.Output("/work/none*", f"{tmp_path}/data/none", prefix="/work"),
+        ],
+        mounts=[*mounts("/work"), job.Mount("/one", "one", job.FILE)],
+    )
+    result = made.run()
+    assert result.system_logs == [
+        "The executors ran directly on the node: images are ignored and no limits are enforced."
+    ]
+    assert result.state == "COMPLETE"
+    assert result.started
+    assert [(one.exit_code, one.stdout, one.stderr) for one in result.executors] == [
+        (0, "inp\u00fct\n", "hi\n"),
+        (0, f"inp\u00fct\n{made.root}/tes/m0\n", ""),
+    ]
+    times = [
+        result.start_time,
+        *(time for one in result.executors for time in (one.start_time, one.end_time)),
+        result.end_time,
+    ]
+    assert times == sorted(times)
+    assert [(out.path, out.url.replace(str(tmp_path), ""), out.size_bytes) for out in result.outputs] == [
+        ("/work/logs/out", "/data/out.txt", len(result.executors[1].stdout.encode())),
+        ("/work/made/a", "file:///data/a%20dir/a", 7),
+        ("/work/logs/err", "/data/glob/logs/err", 0),
+    ]
+    assert (tmp_path / "data" / "a dir" / "a").read_text() == "inp\u00fct\n"
+    progress = made.progress()
+    assert progress is not None
+    assert (progress.phase, progress.executor) == ("done", 1)
+    assert result.start_time <= str(progress.started) <= result.executors[0].start_time
+    until(lambda: not reapers(made))
+
+
+@pytest.mark.parametrize(
+    ("script", "code"), [("exit 7", 7), ("kill -9 $$", 137), ("kill -TERM $$", 143), ("exec nothing-like-it", 127)]
+)
+def test_exit_codes_are_exact_and_stop_the_task(make: Make, script: str, code: int) -> None:
+    result = make(sh("exit 0"), sh(script), sh("exit 0")).run()
+    assert (result.state, [one.exit_code for one in result.executors]) == ("EXECUTOR_ERROR", [0, code])
+
+
+def test_ignored_errors_do_not(make: Make) -> None:
+    result = make(sh("exit 3", ignore_error=True), executor("no-such-program", ignore_error=True), sh("exit 0")).run()
+    assert (result.state, [one.exit_code for one in result.executors]) == ("COMPLETE", [3, 127, 0])
+    assert "no-such-program" in result.executors[1].stderr
+
+
+def test_arguments_arrive_byte_for_byte(make: Make, tmp_path: Path) -> None:
+    words = ["a b", "", "'", '"', "$HOME", "`id`", "a\nb", "\u00fc\u4e2d", "; touch /x", "\\", "*", "--x"]
+    made = make(
+        executor(sys.executable, "-c", "import sys,os; print(*map(os.fsencode, sys.argv[1:]), sep='|')", *words)
+    )
+    assert made.run().executors[0].stdout == "|".join(repr(word.encode()) for word in words) + "\n"
+
+
+def test_output_of_any_kind(make: Make) -> None:
+    result = make(sh("printf 'a\\377b\\000c\\n'; printf '\\377' >&2")).run()
+    assert (result.executors[0].stdout, result.executors[0].stderr) == ("a\ufffdb\0c\n", "\ufffd")
+
+
+def test_long_output_is_bounded_in_the_result_and_whole_in_its_file(make: Make, tmp_path: Path) -> None:
+    made = make(
+        sh("head -c 5000000 /dev/zero | tr '\\0' x; echo end", stdout="/w/out"),
+        outputs=[job.Output("/w/out", f"{tmp_path}/data/out")],
+        mounts=mounts("/w"),
+        log_bytes=1000,
+    )
+    text = made.run().executors[0].stdout
+    assert text == "x" * 250 + f"\n[... {5000004 - 1000} bytes left out ...]\n" + "x" * 746 + "end\n"
+    assert (tmp_path / "data" / "out").stat().st_size == 5000004
+
+
+def test_both_streams_may_share_a_file(make: Make, tmp_path: Path) -> None:
+    made = make(
+        sh("echo 1; echo 2 >&2", stdout="/w/o", stderr="/w/o"),
+        outputs=[job.Output("/w/o", f"{tmp_path}/data/o")],
+        mounts=mounts("/w"),
+    )
+    assert made.run().state == "COMPLETE"
+    assert sorted((tmp_path / "data" / "o").read_text().split()) == ["1", "2"]
+
+
+def test_an_executor_without_stdin_finds_it_empty(make: Make) -> None:
+    assert make(sh("cat; echo end")).run().executors[0].stdout == "end\n"
+
+
+def test_a_daemon_left_behind_neither_delays_nor_survives(make: Make) -> None:
+    made = make(executor(sys.executable, "-c", "import os,time\nif os.fork() == 0:\n os.setsid()\n time.sleep(600)"))
+    assert made.run().state == "COMPLETE"
+    assert marked(made.id) == []
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        ({"inputs": [job.Input("/w/x", url="/etc/passwd")]}, "inputs[0].url: /etc/passwd leads outside"),
+        ({"inputs": [job.Input("/w/x", url="{data}/none")]}, "inputs[0].url: {data}/none does not exist"),
+        (
+            {"inputs": [job.Input("/w/x", url="gopher://h/x")]},
+            "inputs[0].url: cannot transfer this kind of URL (scheme: gopher)",
+        ),
+        ({"inputs": [job.Input("/w/x")]}, "inputs[0]: neither url nor content"),
+        ({"inputs": [job.Input("/nowhere/x", content="x")]}, "inputs[0].path: /nowhere/x leads outside"),
+        ({"executors": [sh("exit 0", stdin="/w/none")]}, "executors[0].stdin: /w/none does not exist"),
+        ({"executors": [sh("exit 0", stdout="/etc/out")]}, "executors[0].stdout: /etc/out leads outside"),
+        ({"runtime": job.Runtime("magic")}, "runtime.kind: 'magic'"),
+        ({"mounts": [job.Mount("/w", "../..")]}, "mounts[0] (/w)"),
+    ],
+)
+def test_what_cannot_be_staged_is_one_sentence_that_names_the_field(
+    make: Make, tmp_path: Path, plan: dict[str, Any], said: str
+) -> None:
+    data = str(tmp_path / "data")
+    inputs = [one._replace(url=one.url and one.url.format(data=data)) for one in plan.get("inputs", [])]
+    result = make(**{"executors": [sh("exit 0")], "mounts": mounts("/w"), **plan, "inputs": inputs}).run()
+    assert (result.state, result.started, result.executors) == ("SYSTEM_ERROR", False, [])
+    assert result.system_logs[-1].startswith(said.format(data=data))
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (job.Output("/w/none", "{data}/x"), "outputs[0].path: /w/none does not exist"),
+        (job.Output("/w/none", "{data}/x", job.DIRECTORY), "outputs[0].path: /w/none does not exist"),
+        (job.Output("/single", "{data}/x"), "outputs[0].path: /single does not exist"),
+        (job.Output("/w/link", "{data}/x"), "outputs[0]: /w/link leads outside"),
+        (job.Output("/w/fifo", "{data}/x"), "outputs[0]: /w/fifo is not a regular file"),
+        (job.Output("/w", "{data}/x"), "outputs[0]: /w is a directory"),
+        (job.Output("/w/file", "{data}/x", job.DIRECTORY), "outputs[0]: /w/file is a file, not a directory"),
+        (job.Output("/w/file", "/etc/x"), "outputs[0].url: /etc/x leads outside"),
+        (job.Output("/w/file", "ftpx://h/x"), "outputs[0].url: cannot transfer"),
+    ],
+)
+def test_missing_outputs(make: Make, tmp_path: Path, output: job.Output, said: str) -> None:
+    """They are a system error after a success, and change nothing about an executor's."""
+    output = output._replace(url=output.url.format(data=tmp_path / "data"))
+    script = "ln -s /etc/passwd /w/link; mkfifo /w/fifo; echo x > /w/file; exit "
+    plan = {"outputs": [output], "mounts": [*mounts("/w"), job.Mount("/single", "single", job.FILE)]}
+    good = make(sh(script + "0"), **plan).run()
+    assert (good.state, good.outputs) == ("SYSTEM_ERROR", [])
+    assert good.system_logs[-1].startswith(said)
+    bad = make(sh(script + "4"), **plan).run()
+    assert (bad.state, bad.executors[0].exit_code) == ("EXECUTOR_ERROR", 4)
+
+
+def test_outputs_are_sent_as_far_as_they_exist_after_a_failure(make: Make, tmp_path: Path) -> None:
+    outputs = [job.Output("/w/none", f"{tmp_path}/data/none"), job.Output("/w/rc", f"{tmp_path}/data/rc")]
+    result = make(sh("echo 1 > /w/rc; exit 1"), outputs=outputs, mounts=mounts("/w")).run()
+    assert (result.state, [out.path for out in result.outputs]) == ("EXECUTOR_ERROR", ["/w/rc"])
+
+
+def test_hostile_outputs_are_left_out_with_a_word(make: Make, tmp_path: Path) -> None:
+    script = "cd /w; ln -s /etc leak; ln -s /etc/passwd file; mkfifo fifo; ln -s . loop; mkdir ok; echo x > ok/x; ln -s ok again"
+    outputs = [
+        job.Output("/w", f"{tmp_path}/data/dir", job.DIRECTORY),
+        job.Output("/w/*", f"{tmp_path}/data/glob", prefix="/w/"),
+    ]
+    result = make(sh(script), outputs=outputs, mounts=mounts("/w")).run()
+    assert result.state == "COMPLETE"
+    for target in ("dir", "glob"):
+        found = sorted(
+            str(path.relative_to(tmp_path / "data" / target)) for path in (tmp_path / "data" / target).rglob("*")
+        )
+        assert found[:4] == ["again", "again/x", "ok", "ok/x"]
+        assert not [name for name in found if "passwd" in name or "leak" in name or name in ("file", "fifo")]
+    assert sum("left out" in line for line in result.system_logs) >= 7
+
+
+def test_a_cancel_that_is_there_before_the_start(make: Make, tmp_path: Path) -> None:
+    made = make(sh("touch /w/ran"), mounts=mounts("/w"))
+    made.cancel()
+    result = made.run()
+    assert (result.state, result.started, result.executors) == ("CANCELED", False, [])
+    assert not (made.root / "tes" / "m0" / "ran").exists()
+
+
+def test_cancel_while_running(make: Make) -> None:
+    made = make(sh("trap '' TERM; echo on; sleep 600 & wait; sleep 600"), sh("exit 0")).start()
+    made.wait_for_phase("running")
+    until(lambda: marked(made.id))
+    made.cancel()
+    assert made.wait() == 0
+    result = made.result()
+    assert (result.state, result.started, result.executors) == ("CANCELED", True, [])
+    assert marked(made.id) == []
+
+
+def test_cancel_stops_a_transfer_that_hangs(make: Make) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
+        made = make(sh("exit 0"), inputs=[job.Input("/w/x", url=url)], mounts=mounts("/w")).start()
+        silent.accept()[0].close()
+        made.cancel()
+        assert made.wait() == 0
+    assert (made.result().state, made.result().started) == ("CANCELED", False)
+
+
+def test_the_nodes_own_wish_to_stop_is_no_cancel(make: Make) -> None:
+    made = make(sh("sleep 600")).start()
+    made.wait_for_phase("running")
+    assert made.process is not None
+    made.process.send_signal(signal.SIGTERM)
+    assert made.wait() == 0
+    assert (made.result().state, made.result().started) == ("SYSTEM_ERROR", True)
+    assert "signal 15" in made.result().system_logs[-1]
+
+
+@pytest.mark.parametrize("canceled", [False, True])
+def test_the_reaper_ends_what_a_killed_runner_left(make: Make, canceled: bool) -> None:
+    script = "import os,time\nif os.fork() == 0: os.setsid()\ntime.sleep(600)"
+    made = make(sh("echo first"), executor(sys.executable, "-c", script)).start()
+    until(lambda: (made.progress() or job.Progress("")).executor == 1)
+    until(lambda: len(marked(made.id)) == 2)
+    if canceled:
+        made.cancel()  # and at once the kill: whichever comes first, the result says the same
+    made.kill()
+    until(made.has_result)
+    result = made.result()
+    assert (result.state, result.started) == ("CANCELED" if canceled else "SYSTEM_ERROR", True)
+    assert [one.stdout for one in result.executors] == ["first\n"]
+    assert canceled or "killed" in result.system_logs[0]
+    assert marked(made.id) == []
+    assert until(lambda: made.progress()).phase == "done"
+    until(lambda: not reapers(made))
+
+
+def test_killed_before_anything_was_started(make: Make) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
+        made = make(sh("exit 0"), inputs=[job.Input("/w/x", url=url)], mounts=mounts("/w")).start()
+        silent.accept()[0].close()
+        made.kill()
+    until(made.has_result)
+    assert (made.result().state, made.result().started) == ("SYSTEM_ERROR", False)
+
+
+def test_a_job_whose_directory_is_gone_bothers_nobody(make: Make) -> None:
+    import shutil
+
+    made = make(sh("sleep 600")).start()
+    made.wait_for_phase("running")
+    shutil.rmtree(made.root)
+    made.kill()
+    until(lambda: not marked(made.id))
+    assert not made.root.exists()
+
+
+def test_a_second_runner_touches_nothing(make: Make) -> None:
+    made = make(sh("sleep 600")).start()
+    before = made.wait_for_phase("running")
+    second = subprocess.run(
+        [sys.executable, *bundle.command(BUNDLE.sha256).split()[1:]], cwd=made.root / "working", capture_output=True
+    )
+    assert second.returncode == job.EXIT_DUPLICATE
+    assert second.stderr.isascii()
+    assert made.progress() == before
+    assert not made.has_result()
+    made.cancel()
+    assert made.wait() == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"version": 2}',
+        '{"job_id": "x"}',
+        "\xff",
+        '{"job_id": "x", "task_id": "x", "executors": 1}',
+    ],
+)
+def test_a_bad_plan(make: Make, text: str | None) -> None:
+    made = make(sh("exit 0"))
+    made.plan_file.unlink()
+    if text is not None:
+        made.plan_file.write_text(text, "latin-1")
+    assert made.start().wait() == job.EXIT_BAD_PLAN
+    assert made.said.isascii()
+    assert not made.has_result()
+
+
+def test_a_damaged_zipapp(make: Make) -> None:
+    made = make(sh("exit 0"))
+    archive = made.root.parent / bundle.pseudo_job(BUNDLE.sha256) / "inputs" / bundle.FILE_NAME
+    data = bytearray(BUNDLE.data)
+    data[data.index(b"tes-lock")] ^= 1
+    archive.write_bytes(data)
+    assert made.start().wait() == job.EXIT_DAMAGED_RUNNER
+    archive.write_bytes(BUNDLE.data[:-100])
+    assert make(sh("exit 0")).start().wait() in (job.EXIT_UNREADABLE_RUNNER, job.EXIT_NO_RUNNER)
+    archive.unlink()
+    assert make(sh("exit 0")).start().wait() == job.EXIT_NO_RUNNER
+
+
+@pytest.mark.parametrize("python", PYTHONS, ids=lambda path: str(path).split("/")[4])
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
+def test_every_python(make: Make, tmp_path: Path, python: Path, locale: str) -> None:
+    made = make(
+        sh("cat /w/\u00e4; echo $V; cat", stdin="/w/\u00e4", stdout="/w/\u00f6", env={"V": "\u4e2d"}),
+        inputs=[job.Input("/w/\u00e4", content="\u00fc\n")],
+        outputs=[
+            job.Output("/w", f"{tmp_path}/data/\u00e9", job.DIRECTORY),
+            job.Output("/w/[!a]", f"{tmp_path}/data/g", prefix="/w"),
+        ],
+        mounts=mounts("/w"),
+        python=str(python),
+    )
+    result = made.run(env={"LC_ALL": locale})
+    assert (result.state, result.executors[0].stdout) == ("COMPLETE", "\u00fc\n\u4e2d\n\u00fc\n")
+    assert len(result.outputs) == 4
+    assert (tmp_path / "data" / "\u00e9" / "\u00f6").read_text() == "\u00fc\n\u4e2d\n\u00fc\n"
+
+
+def test_an_old_python_says_so(make: Make) -> None:
+    old = Path("/root/.pyenv/versions/2.7.18/bin/python2.7")
+    if not old.exists():
+        pytest.skip("there is no Python 2.7 here")
+    made = make(sh("exit 0"), python=str(old))
+    assert made.start(bundle.command(BUNDLE.sha256).replace("-IS", "-S")).wait() == job.EXIT_OLD_PYTHON
+
+
+def test_the_result_comes_before_done_and_both_are_ascii(make: Make) -> None:
+    result = make(sh("printf '\u00fc'"), executor("x\u00fcy")).run()
+    assert result.executors[1].exit_code == 127
+    json.dumps(job.to_document(result)).encode("ascii")
+
+
+def reapers(made: Job) -> list[int]:
+    """The processes of a job's runner that are still there, the reaper among them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if BUNDLE.sha256.encode() in path.read_bytes() and str((path.parent / "cwd").readlink()) in (
+                "/",
+                str(made.root / "working"),
+            ):
+                if (path.parent / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                    found.append(int(path.parent.name))
+        except OSError:
+            pass
+    return found
