@@ -38,6 +38,9 @@ MAX_DOCUMENT: Final = 8 << 20
 MAX_FAULTS: Final = 20
 """More faults than this are not listed."""
 
+NO_IMAGE: Final = frozenset("\"#$&'()*;<>?[\\]^`{|}!")
+"""Signs that no image has in its name, but a shell would act on; nothing here is a shell, and nothing shall become one."""
+
 READ_ONLY: Final = ("id", "state", "logs", "creation_time")
 """Fields of a task that only the server sets."""
 
@@ -624,6 +627,8 @@ def _image(image: str) -> str:
         return f"must not start with '-', but is {_short(image)}"
     if not image.isprintable() or " " in image:
         return f"must not contain spaces or control characters, but is {_short(image)}"
+    if odd := sorted(set(image) & NO_IMAGE):
+        return f"must not contain {' '.join(odd)}, but is {_short(image)}"
     return ""
 
 

@@ -196,9 +196,11 @@ class Cutter:
         length = next((int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")), 0)
         body = await reader.readexactly(length)
         above_reader, above_writer = await asyncio.open_connection("127.0.0.1", self._target)
-        above_writer.write(head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1) + body)
-        answer = await above_reader.read()
-        above_writer.close()
+        try:
+            above_writer.write(head.replace(b"keep-alive", b"close") + body)
+            answer = await above_reader.read()
+        finally:
+            above_writer.close()
         if not self.cut(head):
             writer.write(answer)
             await writer.drain()

@@ -62,14 +62,7 @@ class Dispatcher:
         tasks = await self._store.take_due(queued=True, now=now, lease=self._lease, limit=min(room, BATCH))
         assigned = 0
         for task in tasks:
-            try:
-                assigned += await self._assign(task, loads)
-            except StoreUnavailable:
-                raise
-            except Exception as error:  # one task must not hold up the others
-                log.exception("%s could not be assigned", task.id)
-                reason = f"The service failed: {error!r}"
-                await record(self._store, task, lambda task: _misfit(task, now, reason))
+            assigned += await self._assign_safely(task, loads)
         self._full = (before, now) if self._blocked and not assigned else None
         return assigned
 
@@ -90,6 +83,18 @@ class Dispatcher:
         """Wait for the submits under way."""
         while self._submitting:
             await asyncio.wait(self._submitting)
+
+    async def _assign_safely(self, task: Task, loads: dict[str, Load]) -> bool:
+        """A mistake of ours about one task must not hold up the others."""
+        try:
+            return await self._assign(task, loads)
+        except StoreUnavailable:
+            raise
+        except Exception as error:
+            log.exception("%s could not be assigned", task.id)
+            reason = f"The service failed: {error!r}"
+            await record(self._store, task, lambda task: _misfit(task, self._clock(), reason))
+            return False
 
     async def _assign(self, task: Task, loads: dict[str, Load]) -> bool:
         now = self._clock()

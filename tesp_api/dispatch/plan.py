@@ -1,8 +1,8 @@
 """From a task to the node's job document. Pure: the same task and site facts always give the same plan.
 
 The heart is the choice of mounts, which golden files pin for each shape that real clients send. What must be a
-directory of its own: volumes, DIRECTORY inputs and outputs, the parents of FILE outputs, of stdio files and of patterns,
-and `/tmp` as soon as anything lies below it. Of nested ones only the outermost is mounted. A directory that belongs to
+directory of its own: volumes, DIRECTORY inputs and outputs, the parents of FILE outputs, of stdio files and of
+patterns, and `/tmp` as soon as anything lies below it. Of nested ones only the outermost is mounted. A directory that belongs to
 the image (`/`, `/etc`, `/usr`, ...) is never covered: then the single file is mounted. FILE inputs inside a mounted
 directory are plain files there, others are mounted one by one. A `workdir` alone makes no mount.
 """
@@ -10,21 +10,20 @@ directory are plain files there, others are mounted one by one. A `workdir` alon
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Sequence
-from urllib.parse import unquote, urlsplit
+from collections.abc import Mapping, Sequence
+from urllib.parse import unquote
 
 from tesp_api.errors import PlanError
 from tesp_api.runner import job
 from tesp_api.sites import SiteFacts
 from tesp_api.task import Attempt, Task
-from tesp_api.tes import WILDCARDS, TesFileType, TesInput, TesTask
+from tesp_api.tes import WILDCARDS, TesFileType, TesInput, TesOutput, TesTask
 
 IMAGE_TREES = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/proc", "/sbin", "/sys", "/usr")
 """Whatever lies in these belongs to the image."""
 
 IMAGE_DIRECTORIES = frozenset(
-    ("/", "/home", "/media", "/mnt", "/opt", "/root", "/run", "/srv", "/var", "/var/cache", "/var/lib", "/var/log")
-    + ("/var/run", "/var/spool", "/var/tmp")  # noqa: S108 - names in containers
+    "/ /home /media /mnt /opt /root /run /srv /var /var/cache /var/lib /var/log /var/run /var/spool /var/tmp".split()
 )
 """These belong to the image, but directories inside may be the task's."""
 
@@ -41,8 +40,9 @@ def plan(task: Task, facts: SiteFacts) -> job.Plan:
     if attempt is None:
         raise ValueError(f"task {task.id} has no attempt to plan")
     spec = task.spec
-    _check_file_urls(spec, facts)
-    live = _live_inputs(spec, facts)
+    contents = task.bodies.contents if task.bodies else {}
+    _check_file_urls(spec, contents, facts)
+    live = _live_inputs(spec, contents, facts)
     directories = _directories(spec, live)
     resources = spec.resources
     return job.Plan(
@@ -61,7 +61,7 @@ def plan(task: Task, facts: SiteFacts) -> job.Plan:
             )
             for each in spec.executors
         ],
-        inputs=_inputs(task, spec, live),
+        inputs=[_input(item, contents.get(index)) for index, item in enumerate(spec.inputs or ()) if index not in live],
         outputs=[
             job.Output(
                 path=_path(each.path),
@@ -110,15 +110,22 @@ def file_path(url: str) -> str | None:
     """The node's path that a `file:` URL or bare absolute path names; None for other URLs."""
     if url.startswith("/"):
         return _path(url)
-    parts = urlsplit(url)
-    if parts.scheme.lower() != "file":
+    if url[:5].lower() != "file:":
         return None
-    return _path(unquote(parts.path)) if parts.path else None
+    path = url[5:]
+    if path.startswith("//"):
+        host, slash, rest = path[2:].partition("/")
+        if host.lower() not in ("", "localhost", "127.0.0.1"):
+            return None  # the runner refuses it
+        path = slash + rest
+    return _path(unquote(path, errors="surrogateescape")) if path else None
 
 
-def _check_file_urls(spec: TesTask, facts: SiteFacts) -> None:
+def _check_file_urls(spec: TesTask, contents: Mapping[int, str], facts: SiteFacts) -> None:
     """A first look, for a clear message; the runner checks again on the node, links included."""
-    named = [(f"inputs[{at}].url", each.url, False) for at, each in enumerate(spec.inputs or ()) if not each.content]
+    named = [
+        (f"inputs[{at}].url", each.url, False) for at, each in enumerate(spec.inputs or ()) if not contents.get(at)
+    ]
     named += [(f"outputs[{at}].url", each.url, True) for at, each in enumerate(spec.outputs or ())]
     for field, url, write in named:
         path = file_path(url) if url else None
@@ -136,11 +143,11 @@ def _root_of(path: str, roots: Sequence[job.FileRoot], *, write: bool) -> job.Fi
     return None
 
 
-def _live_inputs(spec: TesTask, facts: SiteFacts) -> dict[int, job.Mount]:
+def _live_inputs(spec: TesTask, contents: Mapping[int, str], facts: SiteFacts) -> dict[int, job.Mount]:
     """Inputs that are not copied but mounted, because their root says so: input index -> mount."""
     live = {}
     for index, item in enumerate(spec.inputs or ()):
-        path = file_path(item.url) if item.url and not item.content else None
+        path = file_path(item.url) if item.url and not contents.get(index) else None
         root = _root_of(path, facts.file_roots, write=False) if path else None
         if path and root and root.mount:
             live[index] = job.Mount(target=_path(item.path), at=path, kind=item.type, read_only=not root.write)
@@ -167,6 +174,9 @@ def _directories(spec: TesTask, live: dict[int, job.Mount]) -> list[str]:
         wanted.add(_whole(_path(volume), f"volumes[{index}]"))
     parents = {posixpath.dirname(path) for path in _single_files(spec)}
     wanted |= {parent for parent in parents if not _belongs_to_image(parent)}
+    # What lies in a directory that is mounted live is there already.
+    open_live = [mount.target for mount in live.values() if mount.kind == job.DIRECTORY]
+    wanted = {path for path in wanted if not any(_is_below(path, target) for target in open_live)}
     everything = [*wanted, *(_path(item.path) for item in spec.inputs or ()), *_single_files(spec)]
     if any(_is_below(path, TMP) for path in everything):
         wanted.add(TMP)
@@ -209,35 +219,43 @@ def _mounts(spec: TesTask, directories: list[str], live: dict[int, job.Mount]) -
         for index, item in enumerate(spec.inputs or ())
         if item.type is not TesFileType.DIRECTORY and index not in live
     ]
-    inputs = set(files)
     live_targets = {mount.target for mount in live.values()}
     single = [
         path
         for path in dict.fromkeys([*files, *_single_files(spec)])
         if not any(_is_below(path, directory) for directory in (*directories, *live_targets))
     ]
-    _check_overlaps(inputs, directories)
+    _check_overlaps(spec, directories)
     mounts += [job.Mount(target=path, at=f"files/{at}", kind=job.FILE) for at, path in enumerate(single)]
     mounts += list(live.values())
     return sorted(mounts, key=lambda mount: mount.target.count("/") if mount.target != "/" else 0)
 
 
-def _check_overlaps(files: Iterable[str], directories: Sequence[str]) -> None:
+def _check_overlaps(spec: TesTask, directories: Sequence[str]) -> None:
     """A path cannot be a file and a directory."""
-    files = set(files)
-    for path in files:
-        if path in directories:
-            raise PlanError(f"inputs: {path} would have to be both a file and a directory.")
-        parent = posixpath.dirname(path)
+    files = {path: f"executors: {path}" for path in _single_files(spec)}
+    folders = dict.fromkeys(directories, "")
+    folders.update((_path(volume), "") for volume in spec.volumes or ())
+    for index, item in enumerate(spec.outputs or ()):
+        if not _is_pattern(item.path):
+            _note_kind(item, f"outputs[{index}].path", files, folders)
+    for index, given in enumerate(spec.inputs or ()):
+        _note_kind(given, f"inputs[{index}].path", files, folders)
+    for path in [*files, *folders]:
+        parent = path if path in folders else posixpath.dirname(path)
         while parent != "/":
             if parent in files:
-                raise PlanError(f"inputs: {parent} would have to be both a file and a directory, because of {path}.")
+                because = folders.get(parent, f", because of {path}")
+                raise PlanError(f"{files[parent]} would have to be both a file and a directory{because}.")
             parent = posixpath.dirname(parent)
 
 
-def _inputs(task: Task, spec: TesTask, live: dict[int, job.Mount]) -> list[job.Input]:
-    contents = task.bodies.contents if task.bodies else {}
-    return [_input(item, contents.get(index)) for index, item in enumerate(spec.inputs or ()) if index not in live]
+def _note_kind(item: TesInput | TesOutput, field: str, files: dict[str, str], folders: dict[str, str]) -> None:
+    path = _path(item.path)
+    if item.type is TesFileType.DIRECTORY:
+        folders[path] = f", because of {field}"
+    else:
+        files[path] = f"{field}: {path}"
 
 
 def _input(item: TesInput, content: str | None) -> job.Input:

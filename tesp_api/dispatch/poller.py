@@ -10,11 +10,11 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from tesp_api import lifecycle
 from tesp_api.dispatch.record import record
-from tesp_api.errors import SiteError
+from tesp_api.errors import SiteError, StoreUnavailable
 from tesp_api.lifecycle import Policy
 from tesp_api.sites import Site
 from tesp_api.store import Ring, TaskStore
-from tesp_api.task import Attempt, Observation, Phase, Task, task_of
+from tesp_api.task import ACTIVE, Attempt, Observation, Phase, Task, task_of
 from tesp_api.tes import TesState, TesView
 
 log = logging.getLogger(__name__)
@@ -30,22 +30,31 @@ class Poller:
     name = "poller"
 
     def __init__(
-        self, store: TaskStore, sites: Mapping[str, Site], policies: Mapping[str, Policy], submit: Submit
+        self,
+        store: TaskStore,
+        sites: Mapping[str, Site],
+        policies: Mapping[str, Policy],
+        submit: Submit,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._sites = sites
         self._policies = policies
         self._lease = min((policy.lease for policy in policies.values()), default=Policy().lease)
         self._submit = submit
+        self._clock = clock
         self._at_work: set[asyncio.Task[None]] = set()
 
     async def tick(self) -> int:
         """Take what is due and start one look per site; how many tasks were taken."""
-        tasks = await self._store.take_due(queued=False, now=time.time(), lease=self._lease, limit=BATCH)
+        tasks = await self._store.take_due(queued=False, now=self._clock(), lease=self._lease, limit=BATCH)
         by_site: dict[str, list[Task]] = defaultdict(list)
         for task in tasks:
             if task.final:
                 self._start(self._clean_up(task), f"clean up {task.id}")
+            elif task.state is TesState.CANCELING and task.attempt is not None:
+                # To cancel can take as long as a submit under way; that must not keep the others waiting.
+                self._start(self._look(task.attempt.site, [task]), f"cancel {task.id}")
             elif task.attempt is not None:
                 by_site[task.attempt.site].append(task)
         for name, group in by_site.items():
@@ -82,10 +91,13 @@ class Poller:
         if site is None:
             reason = f"The site {name!r} is not configured any more."
             for task in tasks:
-                await record(self._store, task, lambda task: _give_up(task, reason))
+                await record(self._store, task, lambda task: _give_up(task, self._clock(), reason))
             return
         policy = self._policies[name]
-        tasks = await asyncio.gather(*(self._fulfil_cancel(site, task, policy) for task in tasks))
+        tasks = [await self._fulfil_cancel(site, task, policy) for task in tasks]
+        await self._observe(site, tasks, policy)
+
+    async def _observe(self, site: Site, tasks: list[Task], policy: Policy) -> None:
         by_job = {task.attempt.job_id: task for task in tasks if task.attempt is not None}
         try:
             async with asyncio.timeout(0.7 * policy.lease):
@@ -93,25 +105,50 @@ class Poller:
         except (SiteError, TimeoutError) as error:
             reason = str(error) or "It did not answer in time."
             for task in by_job.values():
-                await record(self._store, task, lambda task: _silent(task, reason, policy))
+                await self._be_patient(task, reason, policy)
+            return
+        except Exception as error:
+            log.exception("looking at %s failed", ", ".join(by_job))
+            if len(tasks) == 1:
+                await self._be_patient(tasks[0], f"The service failed: {error!r}", policy)
+                return
+            for task in tasks:  # one job must not harm the others
+                await self._observe(site, [task], policy)
             return
         notes = (
-            self._note(task, seen.get(job_id) or Observation(job_id=job_id, phase=Phase.UNKNOWN), policy)
+            self._note_safely(task, seen.get(job_id) or Observation(job_id=job_id, phase=Phase.UNKNOWN), policy)
             for job_id, task in by_job.items()
         )
         await asyncio.gather(*notes)
 
+    async def _be_patient(self, task: Task, reason: str, policy: Policy) -> None:
+        await record(self._store, task, lambda task: _silent(task, self._clock(), reason, policy))
+
     async def _fulfil_cancel(self, site: Site, task: Task, policy: Policy) -> Task:
-        force = lifecycle.must_stop(task, time.time(), policy)
+        force = lifecycle.must_stop(task, self._clock(), policy)
         if force is None or task.attempt is None:
             return task
         try:
-            await site.cancel(task.attempt.job_id, force=force)
-        except SiteError as error:
-            log.info("cancel of %s: %s", task.attempt.job_id, error)
+            async with asyncio.timeout(0.2 * policy.lease):
+                await site.cancel(task.attempt.job_id, force=force)
+        except (SiteError, TimeoutError) as error:
+            log.info("cancel of %s: %s", task.attempt.job_id, error or "no answer in time")
             return task
-        asked = await record(self._store, task, lambda task: lifecycle.asked_to_stop(task, time.time()))
+        except Exception:
+            log.exception("cancel of %s failed", task.attempt.job_id)
+            return task
+        asked = await record(self._store, task, lambda task: lifecycle.asked_to_stop(task, self._clock()))
         return asked or task
+
+    async def _note_safely(self, task: Task, seen: Observation, policy: Policy) -> None:
+        """A mistake of ours about one task must not stop the others; if it stays, patience ends the task."""
+        try:
+            await self._note(task, seen, policy)
+        except StoreUnavailable as error:
+            log.warning("%s: %s", seen.job_id, error)  # the lease brings the task back
+        except Exception as error:
+            log.exception("noting what %s does failed", seen.job_id)
+            await self._be_patient(task, f"The service failed: {error!r}", policy)
 
     async def _note(self, task: Task, seen: Observation, policy: Policy) -> None:
         attempt = task.attempt
@@ -120,11 +157,12 @@ class Poller:
             and seen.result is None
             and task.state is TesState.INITIALIZING
             and attempt is not None
+            and attempt.job_id == seen.job_id
             and attempt.submitted is None
         ):
             await self._submit(task)  # the submit was lost, or we were killed before it
             return
-        now = time.time()
+        now = self._clock()
         await record(
             self._store,
             task,
@@ -132,40 +170,45 @@ class Poller:
         )
 
     async def note(self, seen: Observation) -> None:
-        """Take an observation that a site has pushed; one about a task that we do not have is dropped."""
+        """Take an observation that a site has pushed; one that is of no use is dropped, since polling finds it too."""
         try:
             task_id, _ = task_of(seen.job_id)
+            task = await self._store.get(task_id, TesView.BASIC)
         except ValueError:
             return
-        task = await self._store.get(task_id, TesView.BASIC)
+        except StoreUnavailable as error:
+            log.warning("%s: %s", seen.job_id, error)
+            return
         if task is not None and task.attempt is not None and task.attempt.site in self._policies:
-            await self._note(task, seen, self._policies[task.attempt.site])
+            await self._note_safely(task, seen, self._policies[task.attempt.site])
 
     async def _clean_up(self, task: Task) -> None:
         done = frozenset([each.number for each in lifecycle.unforgotten(task) if await self._forget(each)])
         policy = self._policies.get(task.attempts[-1].site, Policy()) if task.attempts else Policy()
-        await record(self._store, task, lambda task: lifecycle.forgotten(task, done, time.time(), policy))
+        await record(self._store, task, lambda task: lifecycle.forgotten(task, done, self._clock(), policy))
 
     async def _forget(self, attempt: Attempt) -> bool:
         site = self._sites.get(attempt.site)
         if site is None:
             return True  # a site that is configured no more is its admin's to clean
-        late = attempt.ended is not None and time.time() - attempt.ended > 30
+        late = attempt.ended is not None and self._clock() - attempt.ended > 30
         try:
-            if attempt.abandoned and attempt.looks == 0:
+            if attempt.abandoned:  # each time: a kill that did not arrive would leave the job running
                 await site.cancel(attempt.job_id, force=True)
             return await site.forget(attempt.job_id, force=late)
         except SiteError as error:
             log.info("clean-up of %s: %s", attempt.job_id, error)
             return False
+        except Exception:
+            log.exception("clean-up of %s failed", attempt.job_id)
+            return False
 
 
-def _give_up(task: Task, reason: str) -> lifecycle.Change | None:
-    return None if task.final else lifecycle.give_up(task, time.time(), reason)
+def _give_up(task: Task, now: float, reason: str) -> lifecycle.Change | None:
+    return lifecycle.give_up(task, now, reason) if task.state in ACTIVE else None
 
 
-def _silent(task: Task, reason: str, policy: Policy) -> lifecycle.Change | None:
-    now = time.time()
-    if task.final or task.attempt is None:
+def _silent(task: Task, now: float, reason: str, policy: Policy) -> lifecycle.Change | None:
+    if task.state not in ACTIVE or task.attempt is None:
         return None
     return lifecycle.never_stopped(task, now, policy) or lifecycle.silent(task, now, reason, policy)

@@ -9,7 +9,7 @@ Stopped            someone asked the job to stop; not a problem, and never logge
 """
 
 
-class Problem(Exception):  # noqa: N818 - the word that the documents use
+class Problem(Exception):
     """One clear sentence, or the part of it after the field's name."""
 
 
@@ -33,5 +33,5 @@ class CommandError(EngineError):
         self.exit_code = exit_code
 
 
-class Stopped(Exception):  # noqa: N818 - not an error
+class Stopped(Exception):
     """The job is asked to stop: leave what you are doing."""

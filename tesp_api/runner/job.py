@@ -26,6 +26,7 @@ DIRECTORY = "DIRECTORY"
 EXIT_DONE = 0
 EXIT_UNREADABLE_RUNNER = 1  # python could not read the zipapp (cut off, damaged) or not begin: python's own code
 EXIT_NO_RUNNER = 2  # python could not open the zipapp at all: python's own code for that
+EXIT_NO_RESULT = 75  # the exception: executors may have run, but the result cannot be stored (yet); do not try again
 EXIT_DAMAGED_RUNNER = 76  # the zipapp's hash is not the expected one
 EXIT_OLD_PYTHON = 77  # this python cannot run the runner
 EXIT_BAD_PLAN = 78  # job.json is missing or unreadable

@@ -24,7 +24,11 @@ def main() -> int:
         return _refuse(job.EXIT_BAD_PLAN, "The plan cannot be used: %s" % ascii(str(error)))
     _fall_silent(directory)
     reaper = Reaper.start(directory, plan)  # first of all: it is forked, so there may be no threads yet
-    Attempt(directory, plan, reaper).carry_out()
+    try:
+        Attempt(directory, plan, reaper).carry_out()
+    except BaseException as error:
+        _last_line(error)
+        os._exit(job.EXIT_NO_RESULT)  # without a goodbye, so that the reaper goes on trying to write one
     reaper.tell({"bye": True})
     os._exit(job.EXIT_DONE)  # nothing is left to do, and no stray thread may delay the end
 
@@ -78,12 +82,14 @@ class Attempt:
             self._metadata["runtime_version"] = engine.check()
         self._metadata["runtime"] = engine.kind
         visible = tree(bounds, engine.node_names)
-        staging = Staging(self._plan, bounds, visible, self._watch, self.note)
+        staging = Staging(self._plan, bounds, tree(bounds, staging=True), visible, self._watch, self.note)
         self._outputs = staging.sent
         try:
             staging.fetch_all()
-            succeeded = self._run_all(Runs(engine, visible, self))
-            engine.adopt()
+            try:
+                succeeded = self._run_all(Runs(engine, visible, self))
+            finally:
+                self._adopt(engine)
             self._watch.phase("uploading")
             problems = staging.send_all(succeeded)
         finally:
@@ -104,6 +110,12 @@ class Attempt:
             if result.exit_code != 0 and not executor.ignore_error:
                 return False
         return True
+
+    def _adopt(self, engine: "Engine") -> None:
+        try:
+            engine.adopt()
+        except (OSError, EngineError) as error:
+            self.note("Files of other users may be left in the job's directory: %s" % error)
 
     def begin(self, index: int) -> None:
         """An executor is about to start: say so first, so that `started` is never too late."""
@@ -129,8 +141,7 @@ class Attempt:
         """A transfer does not heed the wish to stop: end without it."""
         if self._watch.progress.phase in ("staging", "uploading"):
             self._finish(self._stopped_state())
-            self._reaper.tell({"bye": True})
-            last_resort()
+            last_resort()  # without a goodbye: the reaper removes what a request under way may still create
 
     def _finish(self, state: str) -> None:
         """Write the result, once; progress says `done` after it."""

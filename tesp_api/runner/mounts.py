@@ -39,9 +39,13 @@ def prepare(mounts: List[job.Mount], base: str, roots: List[job.FileRoot]) -> Li
     return sorted(ready, key=lambda bound: (bound.target.count("/"), bound.target))
 
 
-def tree(bounds: List[Bound], node_names: bool = False) -> Tree:
-    """What the container sees of the node. `node_names`: the node's own paths work as well (there is no container)."""
-    points = [Point(bound.target, bound.real, bound.kind, not bound.read_only) for bound in bounds]
+def tree(bounds: List[Bound], node_names: bool = False, staging: bool = False) -> Tree:
+    """What the container sees of the node. `node_names`: the node's own paths work as well (there is no container).
+    `staging`: what is read-only for the container can be filled, unless it is a live mount."""
+    points = [
+        Point(bound.target, bound.real, bound.kind, not bound.read_only or (staging and not bound.live))
+        for bound in bounds
+    ]
     if node_names:
         points.extend(Point(bound.real, bound.real, bound.kind, not bound.read_only) for bound in bounds)
     return Tree(points, open_to_all=True)

@@ -15,8 +15,9 @@ from . import job
 from .clock import now
 from .jobdir import JobDirectory
 
-_LOOKS = (0.0, 0.1, 0.3, 0.6)  # a container may still come into being from the dead runner's last request
+_LOOKS = (0.0, 0.1, 0.3)  # a container may still come into being from the dead runner's last request
 _LATE_LOOKS = (1.0, 3.0)
+_KILLED = "The runner was killed (by someone, the batch system, for lack of memory) or could not store its result."
 _PATIENCE = 60.0  # seconds for an engine that does not answer
 
 
@@ -98,16 +99,23 @@ def _clean_up(
 
     kill_groups(plan.job_id, groups)
     lines: List[str] = []
-    for pause in _LOOKS:
+    daemon = plan.runtime.kind in ("auto", "docker")  # without one, nothing can come into being any more
+    for pause in _LOOKS if daemon else _LOOKS[:1]:
         time.sleep(pause)
         problem = sweep(plan, _PATIENCE)
         kill_groups(plan.job_id, groups)
         if problem:
             lines.append("The containers of the killed runner could not be removed: %s" % problem)
             break
-    if os.path.isdir(directory.root) and not directory.has_result():
-        _write(directory, plan, executors, lines, start_time)
-    for pause in _LATE_LOOKS:
+    deadline = time.monotonic() + _PATIENCE
+    while os.path.isdir(directory.root) and not directory.has_result():
+        try:
+            _write(directory, plan, executors, list(lines), start_time)
+        except OSError:  # a full disk
+            if time.monotonic() > deadline:
+                break
+            time.sleep(1)
+    for pause in _LATE_LOOKS if daemon else ():
         time.sleep(pause)
         sweep(plan, 0)
 
@@ -117,9 +125,7 @@ def _write(
 ) -> None:
     canceled = directory.cancel_asked() and not lines  # CANCELED promises that the containers are gone
     if not canceled:
-        lines.insert(
-            0, "The runner was killed on the node, by an administrator, the batch system or for lack of memory."
-        )
+        lines.insert(0, _KILLED)
     progress = directory.read_progress() or job.Progress(plan.job_id)
     directory.write_result(
         job.Result(

@@ -23,9 +23,16 @@ class Staging:
     """Moves what the plan names between URLs and what the containers see. `note` adds a line to the system logs."""
 
     def __init__(
-        self, plan: job.Plan, bounds: List[Bound], tree: Tree, watch: Watch, note: Callable[[str], None]
+        self,
+        plan: job.Plan,
+        bounds: List[Bound],
+        inner: Tree,
+        tree: Tree,
+        watch: Watch,
+        note: Callable[[str], None],
     ) -> None:
         self._plan = plan
+        self._inner = inner  # for inputs: read-only mounts have to be filled, too
         self._tree = tree
         self._watch = watch
         self._note = note
@@ -74,6 +81,7 @@ class Staging:
         fd = self._opened(path)
         try:
             write_all(fd, data)
+            os.utime(fd)  # an empty input is not a file that nobody wrote
         finally:
             os.close(fd)
 
@@ -81,8 +89,7 @@ class Staging:
         fd = self._opened(path)
         try:
             transfer.fetch(url, fd)
-            if unwritten(os.fstat(fd)):
-                os.utime(fd)  # an empty input is not a file that nobody wrote
+            os.utime(fd)  # an empty input is not a file that nobody wrote
         except (OSError, Problem) as error:
             raise _At(".url", error)
         finally:
@@ -91,17 +98,17 @@ class Staging:
     def _fetch_directory(self, path: str, url: str) -> None:
         transfer = self._transfer(url)
         base = path.rstrip("/")
-        self._tree.make_directory(base)
+        self._inner.make_directory(base)
         for entry in transfer.entries(url):
             self._watch.check()
             if entry.is_directory:
-                self._tree.make_directory(base + "/" + entry.relative)
+                self._inner.make_directory(base + "/" + entry.relative)
             else:
                 self._fetch_file(transfer, base + "/" + entry.relative, entry.url)
 
     def _opened(self, path: str) -> int:
         try:
-            return self._tree.open_write(path)
+            return self._inner.open_write(path)
         except (OSError, Problem) as error:
             raise _At(".path", error)
 

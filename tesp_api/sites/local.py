@@ -261,12 +261,16 @@ def _remove(root: Path) -> None:
             if not path.is_symlink():
                 with suppress(OSError):
                     path.chmod(0o700)
-    try:
-        shutil.rmtree(root)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        log.warning("The directory of job %s cannot be removed: %s", root.name, error)
+    for left in (2, 1, 0):  # what reaps the process may write its exit code into the vanishing directory
+        try:
+            shutil.rmtree(root)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if not left:
+                log.warning("The directory of job %s cannot be removed: %s", root.name, error)
+        else:
+            return
 
 
 __all__ = ["LocalSite"]

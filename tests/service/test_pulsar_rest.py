@@ -179,14 +179,15 @@ def test_a_server_that_never_answers(server: PulsarServer) -> None:
         closed = asyncio.Event()
 
         async def stall(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await closed.wait()
+            await reader.read()  # until the client has had enough
             writer.close()
+            closed.set()
 
         listener = await asyncio.start_server(stall, "127.0.0.1", 0)
         async with site_at(server, port=listener.sockets[0].getsockname()[1], timeout=0.2) as site:
             with pytest.raises(SiteUnavailable, match="in time"):
                 await site.observe(["a-1"])
-        closed.set()
+        await closed.wait()
         listener.close()
 
     asyncio.run(main())
@@ -239,18 +240,14 @@ def test_results_are_found_after_pulsar_was_killed_and_restarted(own_server: Pul
     asyncio.run(main())
 
 
-def test_a_runner_killed_while_pulsar_was_down_loses_its_beat_but_its_reaper_tells(
-    own_server: PulsarServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_that_outlived_pulsar_can_still_be_killed(own_server: PulsarServer) -> None:
     async def main() -> None:
         async with site_at(own_server) as site:
-            plan = new_plan("sleep", "60")
+            plan = new_plan("sleep", "60", wishes="deaf")
             await site.submit(plan)
             await running(site, plan.job_id)
-            pid = int((own_server.staging / plan.job_id / "pid").read_text().strip('"'))
             own_server.kill()
             own_server.start()
-            assert pid
             await site.cancel(plan.job_id, force=True)
             seen = await ended(site, plan.job_id)
             assert seen.result is not None
@@ -346,7 +343,7 @@ def test_the_runner_is_sent_once_and_survives_a_cleaned_staging_directory(own_se
                 plan = new_plan()
                 await third.submit(plan)
                 await ended(third, plan.job_id)
-        assert "Traceback" not in own_server.log()
+        assert "/files" not in own_server.log()  # no download of what is not there, which it would log as an error
 
     asyncio.run(main())
 

@@ -110,11 +110,8 @@ def arguments(bounds: List[Bound], hide: Iterable[str], workdir: str, env: Dict[
         _Goal(_settled(bound.target, node), ["--ro-bind" if bound.read_only else "--bind", bound.real])
         for bound in bounds
     ]
-    masks = [
-        _Goal(place, ["--tmpfs"])
-        for place in sorted({node.real(path) for path in [*hide, "/var/run", "/var/tmp"]})
-        if _masked(place, node)
-    ]
+    empty = {node.real(path) for path in [*hide, "/var/run", "/var/tmp"]}  # noqa: S108
+    masks = [_Goal(place, ["--tmpfs"]) for place in sorted(empty) if _masked(place, node)]
     place = _settled(workdir, node) if workdir else ""
     made: List[_Goal] = []
     if place and not _covered(place, goals) and not node.directory(place):

@@ -63,8 +63,11 @@ class Docker(Engine):
             thread.join()
         self._removals = []
         if self._trouble:
-            trouble, self._trouble = self._trouble, ""
-            raise EngineError("A container could not be removed: %s" % trouble)
+            said = "A container could not be removed: %s" % self._trouble
+            self._trouble = ""
+            if self.setting.watch.stopped.is_set():
+                raise EngineError(said)  # CANCELED would promise that it is gone
+            self.setting.note(said)
 
     def adopt(self) -> None:
         """See Engine. Root's files can only be given away by root: a last short container does it."""

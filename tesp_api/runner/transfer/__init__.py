@@ -14,10 +14,14 @@ _MODULES = {"": "file", "file": "file", "http": "http", "https": "http"}
 
 
 class Context(NamedTuple):
-    """What a transfer may use: the node's file roots, and the wish to stop, which interrupts it."""
+    """What a transfer may use: the node's file roots, and the wish to stop, which interrupts it.
+
+    `pause` is how many seconds pass before a second try; each further pause is twice as long.
+    """
 
     roots: Tree
     watch: Watch
+    pause: float = 0.5
 
 
 class Entry(NamedTuple):

@@ -15,8 +15,6 @@ from ..errors import Missing, Problem
 from . import BLOCK, Context, Entry, Source, Transfer, reader, write_all
 
 TRIES = 5
-FIRST_PAUSE = 0.5
-"""Seconds before the second try; each further pause is twice as long."""
 
 _TIMEOUT = 60.0
 _DEPTH = 32
@@ -28,7 +26,7 @@ _SECRET = ("sig", "signature", "token", "key", "credential", "password", "secret
 T = TypeVar("T")
 
 
-class _Again(Exception):  # noqa: N818 - not yet an error
+class _Again(Exception):
     """Failed in a way that may pass; `str()` says how."""
 
 
@@ -196,7 +194,7 @@ class HttpTransfer(Transfer):
         raise Missing(said) if error.code in (404, 410) else Problem(said)
 
     def _retry(self, attempt: Callable[[], T]) -> T:
-        pause = FIRST_PAUSE
+        pause = self.context.pause
         for left in range(TRIES - 1, -1, -1):
             try:
                 return attempt()
@@ -216,7 +214,7 @@ class _BadRange(Problem):
     """The server has no such range."""
 
 
-class _Moved(Exception):  # noqa: N818 - not an error
+class _Moved(Exception):
     """An upload shall go to `target`."""
 
     def __init__(self, target: str) -> None:

@@ -38,7 +38,7 @@ from tesp_api.sites.pulsar.site import PulsarSite
 
 log = logging.getLogger(__name__)
 
-LONGEST: Final = 60
+LONGEST: Final = 80
 """Longest path of the directory: below it lie unix sockets (ours, gunicorn's), whose paths end at 107 bytes."""
 
 BOOT: Final = 30.0

@@ -1,0 +1,176 @@
+"""Pulsar's words turned into ours, over a carrier that only remembers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Self
+
+import pytest
+
+from tesp_api.runner import job
+from tesp_api.runner.bundle import Bundle
+from tesp_api.sites import SiteFacts, documents
+from tesp_api.sites.pulsar.messages import Launch, Status
+from tesp_api.sites.pulsar.site import PulsarSite
+from tesp_api.task import Observation, Phase
+from tests import standin
+
+NOW = "2026-01-31T12:00:00.000000Z"
+ID = "t-1"
+RESULT = job.Result(job_id=ID, state="COMPLETE", start_time=NOW, end_time=NOW, started=True)
+WAITING = job.Progress(job_id=ID)
+BEGUN = job.Progress(job_id=ID, phase="running", beat=4, started=NOW)
+DONE = job.Progress(job_id=ID, phase="done", beat=9, started=NOW)
+HERE = frozenset({"progress.json", "result.json"})
+
+
+class Memory:
+    """A carrier to one job of which everything is given."""
+
+    def __init__(self, status: Status | None, **files: object) -> None:
+        self.answer, self.calls = status, list[str]()
+        self.files = {f"{name}.json": documents.dump(value) for name, value in files.items() if value is not None}
+
+    async def deliver(self, runner: Bundle, *, again: bool) -> None:
+        self.calls.append("deliver again" if again else "deliver")
+
+    async def launch(self, launch: Launch) -> None:
+        self.calls.append("launch")
+
+    async def status(self, job_id: str) -> Status | None:
+        return self.answer
+
+    async def fetch(self, job_id: str, name: str, limit: int) -> bytes | None:
+        self.calls.append(name)
+        return self.files.get(name)
+
+    async def put(self, job_id: str, name: str, kind: str, data: bytes) -> None:
+        self.calls.append(f"put {name}")
+
+    async def kill(self, job_id: str) -> None:
+        self.calls.append("kill")
+
+    async def clean(self, job_id: str) -> None:
+        self.calls.append("clean")
+
+    async def updates(self) -> AsyncIterator[tuple[str, Status]]:
+        if self.answer is not None:
+            yield ID, self.answer
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def site(carrier: Memory) -> PulsarSite:
+    return PulsarSite(SiteFacts(name="x"), carrier, standin.bundle())
+
+
+def look(carrier: Memory) -> Observation:
+    (seen,) = asyncio.run(site(carrier).observe([ID]))
+    return seen
+
+
+RESULT_TEXT = documents.dump(RESULT).decode()
+
+
+@pytest.mark.parametrize(
+    ("status", "files", "phase", "has_result", "exit_code"),
+    [
+        (Status("preprocessing"), {}, Phase.WAITING, False, None),
+        (Status("queued"), {"progress": WAITING}, Phase.WAITING, False, None),
+        (Status("running"), {"progress": WAITING}, Phase.RUNNING, False, None),
+        (Status("running"), {"progress": BEGUN}, Phase.RUNNING, False, None),
+        (Status("running"), {"progress": DONE, "result": RESULT}, Phase.ENDED, True, None),
+        (Status("running"), {"progress": DONE}, Phase.RUNNING, False, None),
+        (Status("postprocessing"), {"progress": DONE, "result": RESULT}, Phase.ENDED, True, None),
+        (Status("complete", 0, HERE, RESULT_TEXT), {}, Phase.ENDED, True, 0),
+        (Status("complete", 0, HERE), {"result": RESULT}, Phase.ENDED, True, 0),
+        (Status("complete", None, HERE), {"progress": BEGUN}, Phase.ENDED, False, None),
+        (Status("complete", 2, HERE), {"progress": WAITING}, Phase.ENDED, False, 2),
+        (Status("complete", 2, HERE), {"progress": BEGUN}, Phase.ENDED, False, None),
+        (Status("complete", 79, HERE), {"progress": BEGUN}, Phase.RUNNING, False, 79),
+        (Status("complete", 79, HERE), {"progress": DONE, "result": RESULT}, Phase.ENDED, True, 79),
+        (Status("cancelled", None, HERE), {"progress": BEGUN}, Phase.ENDED, False, None),
+        (Status("cancelled", None, HERE), {"result": RESULT}, Phase.ENDED, True, None),
+        (Status("failed", 1), {"progress": WAITING}, Phase.ENDED, False, None),
+        (Status("lost", None, HERE), {"progress": BEGUN}, Phase.RUNNING, False, None),
+        (Status("lost", None, HERE), {"result": RESULT}, Phase.ENDED, True, None),
+        (Status("lost"), {"result": RESULT}, Phase.ENDED, True, None),
+        (Status("lost", None, frozenset()), {}, Phase.UNKNOWN, False, None),
+        (None, {"progress": DONE, "result": RESULT}, Phase.ENDED, True, None),
+        (None, {"progress": BEGUN}, Phase.RUNNING, False, None),
+        (None, {}, Phase.RUNNING, False, None),
+        (Status("something new"), {}, Phase.RUNNING, False, None),
+    ],
+)
+def test_what_an_observation_says(
+    status: Status | None, files: dict[str, object], phase: Phase, has_result: bool, exit_code: int | None
+) -> None:
+    seen = look(Memory(status, **files))
+    assert (seen.phase, seen.result is not None, seen.exit_code) == (phase, has_result, exit_code)
+
+
+def test_nothing_is_fetched_from_an_ended_job_that_is_not_there() -> None:
+    carrier = Memory(Status("lost", None, frozenset()))
+    look(carrier)
+    assert carrier.calls == []
+
+
+def test_a_reason_is_told_only_when_the_runner_had_not_begun() -> None:
+    words = "python3: can't open file"
+    assert look(Memory(Status("complete", 2, HERE, None, words), progress=WAITING)).detail == words
+    assert words not in look(Memory(Status("complete", 2, HERE, None, words), progress=BEGUN)).detail
+
+
+@pytest.mark.parametrize(
+    ("state", "calls"),
+    [("lost", ["deliver", "launch"]), ("preprocessing", ["deliver", "launch"]), ("running", ["deliver"])],
+)
+def test_a_submit_is_repeated_only_where_it_was_not_accepted(state: str, calls: list[str]) -> None:
+    carrier = Memory(Status(state))
+    asyncio.run(site(carrier).submit(job.Plan(job_id=ID, task_id="t", executors=[])))
+    assert carrier.calls == calls
+
+
+def test_a_missing_runner_is_delivered_again_once() -> None:
+    async def main() -> None:
+        carrier = Memory(Status("lost"), progress=WAITING)
+        here = site(carrier)
+        plan = job.Plan(job_id=ID, task_id="t", executors=[])
+        await here.submit(plan)
+        carrier.answer = Status("complete", 2, HERE)
+        await here.observe([ID, ID])
+        carrier.answer = Status("lost")
+        await here.submit(plan._replace(job_id="t-2"))
+        carrier.answer = Status("complete", 2, HERE)
+        await here.observe([ID])  # launched before the second delivery
+        carrier.answer = Status("lost")
+        await here.submit(plan._replace(job_id="t-3"))
+        deliveries = [each for each in carrier.calls if each.startswith("deliver")]
+        assert deliveries == ["deliver", "deliver again"]
+
+    asyncio.run(main())
+
+
+def test_a_job_that_is_done_is_not_killed_when_pulsar_says_it_runs() -> None:
+    carrier = Memory(Status("running"), progress=DONE)
+    here = site(carrier)
+    asyncio.run(here.cancel(ID, force=True))
+    assert asyncio.run(here.forget(ID)) is False
+    assert asyncio.run(here.forget(ID, force=True)) is True
+    assert "kill" not in carrier.calls
+    assert carrier.calls[-1] == "clean"
+
+
+def test_pushed_statuses_become_observations() -> None:
+    async def main() -> None:
+        (seen,) = [each async for each in site(Memory(Status("complete", 0, HERE, RESULT_TEXT))).updates()]
+        assert seen.result == RESULT
+
+    asyncio.run(main())
