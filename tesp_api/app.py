@@ -149,6 +149,7 @@ def build_service(settings: Settings) -> Service:
         name: Policy(
             lease=settings.dispatch.lease,
             patience=site.facts.patience,
+            first_look=site.facts.first_look,
             poll_interval=site.facts.poll_interval,
             cancel_grace=site.facts.cancel_grace,
             max_attempts=settings.retry.max_attempts,
@@ -253,5 +254,6 @@ def _facts(settings: Settings, keys: SiteSettings) -> SiteFacts:
         log_bytes=settings.container.log_bytes,
         patience=keys.status.poll_interval * keys.status.max_polls,
         poll_interval=keys.status.poll_interval,
+        first_look=2.0 if own else 0.1,  # ours tell of their jobs by themselves
         cancel_grace=keys.cancel_grace,
     )

@@ -89,12 +89,14 @@ class Policy:
     """Durations in seconds, and counts, that the decisions depend on.
 
     `lease`: how long a process keeps what it took. `patience`: how long a job or its site may be silent.
-    `poll_interval`: the longest pause between two looks. `cancel_grace`: how long a job has to stop by itself, and
-    how long an ended job may take to leave its result. `max_attempts`: tries of a task altogether.
+    `first_look`, `poll_interval`: the shortest and the longest pause between two looks. `cancel_grace`: how long a
+    job has to stop by itself, and how long an ended job may take to leave its result. `max_attempts`: tries of a task
+    altogether.
     """
 
     lease: float = 30.0
     patience: float = 300.0
+    first_look: float = 0.1
     poll_interval: float = 5.0
     cancel_grace: float = 10.0
     max_attempts: int = 3
@@ -147,23 +149,22 @@ def assign(task: Task, site: str, now: float, policy: Policy) -> Change | None:
     return _change(task, TesState.INITIALIZING, due_at=now + policy.lease, attempt=attempt)
 
 
-def confirmed(task: Task, number: int, now: float) -> Change | None:
+def confirmed(task: Task, number: int, now: float, policy: Policy) -> Change | None:
     """The site has taken the job of attempt `number`: look at it soon."""
     attempt = task.attempt
     if attempt is None or attempt.number != number or attempt.submitted is not None or task.state not in ACTIVE:
         return None
     attempt = replace(attempt, submitted=now, heard=now, looks=0)
-    return _change(task, due_at=now + FIRST_LOOK, attempt=attempt)
-
-
-FIRST_LOOK: Final = 0.1
-"""Seconds after the submit; no container task is quicker."""
+    return _change(task, due_at=now + policy.first_look, attempt=attempt)
 
 
 def next_look(attempt: Attempt, now: float, policy: Policy, *, canceling: bool = False) -> float:
-    """When to look at a job again: after a tenth of its age, at most `poll_interval`; often while it is cancelled."""
+    """When to look at a job again: after a tenth of its age, within bounds; often while it is cancelled.
+
+    No container task is quicker than `first_look`, so half of that is the least pause.
+    """
     age = now - (attempt.cancel_sent if canceling and attempt.cancel_sent else attempt.submitted or attempt.assigned)
-    return now + min(max(0.1 * age, 0.03 if age < 1 else 0.1), policy.poll_interval)
+    return now + min(max(0.1 * age, 0.5 * policy.first_look), policy.poll_interval)
 
 
 def wait(task: Task, now: float, reason: str, *, pause: float) -> Change:

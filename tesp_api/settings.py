@@ -12,7 +12,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin
 
 from dynaconf import Dynaconf
 from dynaconf.utils.parse_conf import parse_conf_data
@@ -227,21 +227,47 @@ def _read(file: Path | None, environ: Mapping[str, str]) -> dict[str, Any]:
     profile = environ.get("FASTAPI_PROFILE") or "default"
     _check_profile(profile, file)
     try:
-        bag = Dynaconf(
-            settings_files=[str(file.resolve())] if file else [],
-            environments=True,
-            env=profile,
-            envvar_prefix=False,
-            core_loaders=["TOML"],
-            loaders=[],
-        )
-        values = {key.lower(): _plain(value) for key, value in bag.as_dict().items()}
+        # dynaconf lets a section of the profile take the place of the whole section, not of its keys.
+        values = _merged(_section(file, "default"), _section(file, profile))
     except Exception as error:  # dynaconf passes on whatever its TOML reader raises
-        raise SettingsError(f"settings: {file} cannot be read: {error}") from None
+        raise SettingsError(f"settings: {file} cannot be read: {' '.join(str(error).split())}") from None
     for name, text in environ.items():
         if name.startswith("TESP_") and name[5:].lower() not in NOT_SETTINGS:
-            _put(values, name[5:].lower().split("__"), _value(text))
+            path = name[5:].lower().split("__")
+            _put(values, path, text if _is_text(path) else _value(text))
     return values
+
+
+def _section(file: Path | None, profile: str) -> dict[str, Any]:
+    bag = Dynaconf(
+        settings_files=[str(file.resolve())] if file else [],
+        environments=True,
+        env=profile,
+        envvar_prefix=False,
+        core_loaders=["TOML"],
+        loaders=[],
+    )
+    return {key.lower(): _plain(value) for key, value in bag.as_dict().items()}
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, key by key; lists are replaced."""
+    both = {**below, **above}
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            both[key] = _merged(below[key], value)
+    return both
+
+
+def _is_text(path: list[str]) -> bool:
+    """Whether a setting is text: a token of digits is no number."""
+    model: Any = Settings
+    for name in path:
+        known = getattr(model, "model_fields", {})
+        if name not in known:
+            return False
+        model = known[name].annotation
+    return model in (str, Path)
 
 
 def _check_profile(profile: str, file: Path | None) -> None:
@@ -294,7 +320,7 @@ def _hint(location: tuple[int | str, ...]) -> str:
     for part in location[:-1]:
         if isinstance(part, str) and part in model.model_fields:
             model = model.model_fields[part].annotation
-            model = SiteSettings if model == tuple[SiteSettings, ...] else model
+            model = get_args(model)[0] if get_origin(model) is tuple else model
     known = list(getattr(model, "model_fields", ()))
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f" (do you mean {close[0]}?)" if close else ""

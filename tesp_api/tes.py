@@ -39,7 +39,7 @@ MAX_FAULTS: Final = 20
 """More faults than this are not listed."""
 
 NO_IMAGE: Final = frozenset("\"#$&'()*;<>?[\\]^`{|}!")
-"""Signs that no image has in its name, but a shell would act on; nothing here is a shell, and nothing shall become one."""
+"""Signs that no image has in its name, but that a shell would act on: a second wall, as nothing here is a shell."""
 
 READ_ONLY: Final = ("id", "state", "logs", "creation_time")
 """Fields of a task that only the server sets."""

@@ -142,7 +142,8 @@ class Dispatcher:
             reason = f"The service failed: {error!r}"
             await record(self._store, task, lambda task: _unsure(task, attempt, self._clock(), reason, policy))
         else:
-            await record(self._store, task, lambda task: lifecycle.confirmed(task, attempt.number, self._clock()))
+            now = self._clock()
+            await record(self._store, task, lambda task: lifecycle.confirmed(task, attempt.number, now, policy))
 
     async def _submit(self, task: Task, attempt: Attempt, policy: Policy) -> None:
         site = self._sites[attempt.site]

@@ -2,9 +2,9 @@
 
 The heart is the choice of mounts, which golden files pin for each shape that real clients send. What must be a
 directory of its own: volumes, DIRECTORY inputs and outputs, the parents of FILE outputs, of stdio files and of
-patterns, and `/tmp` as soon as anything lies below it. Of nested ones only the outermost is mounted. A directory that belongs to
-the image (`/`, `/etc`, `/usr`, ...) is never covered: then the single file is mounted. FILE inputs inside a mounted
-directory are plain files there, others are mounted one by one. A `workdir` alone makes no mount.
+patterns, and `/tmp` as soon as anything lies below it. Of nested ones only the outermost is mounted. A directory that
+belongs to the image (`/`, `/etc`, `/usr`, ...) is never covered: then the single file is mounted. FILE inputs inside a
+mounted directory are plain files there, others are mounted one by one. A `workdir` alone makes no mount.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ IMAGE_TREES = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/li
 """Whatever lies in these belongs to the image."""
 
 IMAGE_DIRECTORIES = frozenset(
-    "/ /home /media /mnt /opt /root /run /srv /var /var/cache /var/lib /var/log /var/run /var/spool /var/tmp".split()
+    {
+        *("/", "/home", "/media", "/mnt", "/opt", "/root", "/run", "/srv", "/var"),
+        *("/var/cache", "/var/lib", "/var/log", "/var/run", "/var/spool", "/var/tmp"),  # noqa: S108 - in containers
+    }
 )
 """These belong to the image, but directories inside may be the task's."""
 
@@ -78,6 +81,7 @@ def plan(task: Task, facts: SiteFacts) -> job.Plan:
         runtime=facts.runtime,
         file_roots=list(facts.file_roots),
         log_bytes=facts.log_bytes,
+        directories=_inner_directories(spec, directories, live),
     )
 
 
@@ -159,28 +163,41 @@ def _live_inputs(spec: TesTask, contents: Mapping[int, str], facts: SiteFacts) -
 
 def _directories(spec: TesTask, live: dict[int, job.Mount]) -> list[str]:
     """The container directories to mount, outermost only, sorted."""
-    wanted: set[str] = set()
+    wanted = _empty_at_start(spec)
     for index, item in enumerate(spec.inputs or ()):
-        path = _path(item.path)
         if item.type is TesFileType.DIRECTORY and index not in live:
-            wanted.add(_whole(path, f"inputs[{index}].path"))
+            wanted.add(_whole(_path(item.path), f"inputs[{index}].path"))
     for index, each in enumerate(spec.outputs or ()):
-        path = _path(each.path)
-        if _is_pattern(path):
-            wanted.add(_whole(_literal_parent(path), f"outputs[{index}].path"))
-        elif each.type is TesFileType.DIRECTORY:
-            wanted.add(_whole(path, f"outputs[{index}].path"))
-    for index, volume in enumerate(spec.volumes or ()):
-        wanted.add(_whole(_path(volume), f"volumes[{index}]"))
-    parents = {posixpath.dirname(path) for path in _single_files(spec)}
-    wanted |= {parent for parent in parents if not _belongs_to_image(parent)}
-    # What lies in a directory that is mounted live is there already.
-    open_live = [mount.target for mount in live.values() if mount.kind == job.DIRECTORY]
-    wanted = {path for path in wanted if not any(_is_below(path, target) for target in open_live)}
+        if each.type is TesFileType.DIRECTORY and not _is_pattern(each.path):
+            wanted.add(_whole(_path(each.path), f"outputs[{index}].path"))
     everything = [*wanted, *(_path(item.path) for item in spec.inputs or ()), *_single_files(spec)]
     if any(_is_below(path, TMP) for path in everything):
         wanted.add(TMP)
+    wanted = {path for path in wanted if not _is_live(path, live)}
     return sorted(path for path in wanted if not any(path != other and _is_below(path, other) for other in wanted))
+
+
+def _empty_at_start(spec: TesTask) -> set[str]:
+    """Directories that a program may count on: volumes, and where its files, stdio and patterns belong.
+
+    Not DIRECTORY outputs: many a program insists on making its result directory itself.
+    """
+    wanted = {_whole(_path(volume), f"volumes[{index}]") for index, volume in enumerate(spec.volumes or ())}
+    for index, each in enumerate(spec.outputs or ()):
+        if _is_pattern(each.path):
+            wanted.add(_whole(_literal_parent(_path(each.path)), f"outputs[{index}].path"))
+    parents = {posixpath.dirname(path) for path in _single_files(spec)}
+    return wanted | {parent for parent in parents if not _belongs_to_image(parent)}
+
+
+def _inner_directories(spec: TesTask, mounted: Sequence[str], live: dict[int, job.Mount]) -> list[str]:
+    """Those of the directories to be there at the start that are not mounts themselves, but lie in one."""
+    return sorted(path for path in _empty_at_start(spec) if path not in mounted and not _is_live(path, live))
+
+
+def _is_live(path: str, live: dict[int, job.Mount]) -> bool:
+    """Whether a path lies in a directory that is mounted live; what it needs is there already."""
+    return any(mount.kind == job.DIRECTORY and _is_below(path, mount.target) for mount in live.values())
 
 
 def _whole(directory: str, field: str) -> str:
@@ -225,13 +242,13 @@ def _mounts(spec: TesTask, directories: list[str], live: dict[int, job.Mount]) -
         for path in dict.fromkeys([*files, *_single_files(spec)])
         if not any(_is_below(path, directory) for directory in (*directories, *live_targets))
     ]
-    _check_overlaps(spec, directories)
+    _check_overlaps(spec, directories, live)
     mounts += [job.Mount(target=path, at=f"files/{at}", kind=job.FILE) for at, path in enumerate(single)]
     mounts += list(live.values())
     return sorted(mounts, key=lambda mount: mount.target.count("/") if mount.target != "/" else 0)
 
 
-def _check_overlaps(spec: TesTask, directories: Sequence[str]) -> None:
+def _check_overlaps(spec: TesTask, directories: Sequence[str], live: dict[int, job.Mount]) -> None:
     """A path cannot be a file and a directory."""
     files = {path: f"executors: {path}" for path in _single_files(spec)}
     folders = dict.fromkeys(directories, "")
@@ -241,6 +258,8 @@ def _check_overlaps(spec: TesTask, directories: Sequence[str]) -> None:
             _note_kind(item, f"outputs[{index}].path", files, folders)
     for index, given in enumerate(spec.inputs or ()):
         _note_kind(given, f"inputs[{index}].path", files, folders)
+        if index not in live and _is_live(_path(given.path), live):
+            raise PlanError(f"inputs[{index}].path: {given.path} lies in an input that is mounted live, not copied.")
     for path in [*files, *folders]:
         parent = path if path in folders else posixpath.dirname(path)
         while parent != "/":

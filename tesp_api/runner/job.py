@@ -109,7 +109,10 @@ class Runtime(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All that the runner needs to know of one attempt of a task."""
+    """All that the runner needs to know of one attempt of a task.
+
+    `directories`: container paths below mounts that must be directories before the first executor starts.
+    """
 
     job_id: str
     task_id: str
@@ -122,6 +125,7 @@ class Plan(NamedTuple):
     runtime: Runtime = Runtime()
     file_roots: List[FileRoot] = []
     log_bytes: int = 131072
+    directories: List[str] = []
     version: int = VERSION
 
 

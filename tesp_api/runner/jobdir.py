@@ -6,6 +6,8 @@ from typing import Any, Optional
 
 from . import job
 
+_RESERVE = 1024 * 1024  # several executors' logs at the usual `log_bytes`
+
 
 class JobDirectory:
     """`JOB` of job.py's description. Documents appear whole or not at all."""
@@ -15,6 +17,7 @@ class JobDirectory:
         self.tes = os.path.join(root, "tes")
         self._metadata = os.path.join(root, "metadata")
         self._working = os.path.join(root, "working")
+        self._reserve = os.path.join(self._metadata, ".reserve")
         self._answer = os.path.join(root, "answer.json")
         self._seen: Optional[Any] = None
         self._cancel = False
@@ -57,6 +60,25 @@ class JobDirectory:
             pass
         return self._cancel
 
+    def keep_reserve(self) -> None:
+        """Take the room that a result needs, so that there is some when a job has filled the disk."""
+        try:
+            os.makedirs(self._metadata, exist_ok=True)
+            fd = os.open(self._reserve, os.O_CREAT | os.O_WRONLY, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, _RESERVE)
+            finally:
+                os.close(fd)
+        except OSError:
+            pass  # then without
+
+    def release_reserve(self) -> None:
+        """Give that room back, to be used now."""
+        try:
+            os.unlink(self._reserve)
+        except OSError:
+            pass
+
     def has_result(self) -> bool:
         """Whether the job's result is written."""
         return os.path.exists(os.path.join(self._metadata, "result.json"))
@@ -70,7 +92,10 @@ class JobDirectory:
             os.link(os.path.join(self._metadata, "result.json"), temporary)  # a second fsync would cost as much again
             os.rename(temporary, target)
         except OSError:
-            self._replace(self._working, "result.json", _dump(result), sync=True)
+            try:
+                self._replace(self._working, "result.json", _dump(result), sync=True)
+            except OSError:
+                pass  # the truth is in metadata; this copy only saves the service a question
 
     def _replace(self, folder: str, name: str, data: bytes, sync: bool) -> None:
         temporary = os.path.join(folder, ".%s.%d" % (name, os.getpid()))
@@ -79,12 +104,16 @@ class JobDirectory:
         except FileNotFoundError:
             os.makedirs(folder, exist_ok=True)
             fd = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
-        with os.fdopen(fd, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            if sync:
-                os.fsync(stream.fileno())
-        os.rename(temporary, os.path.join(folder, name))
+        try:
+            with os.fdopen(fd, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                if sync:
+                    os.fsync(stream.fileno())
+            os.rename(temporary, os.path.join(folder, name))
+        except OSError:
+            os.unlink(temporary)  # half a document takes the room that a shorter one may need
+            raise
 
 
 def _load(path: str) -> Any:

@@ -15,14 +15,21 @@ from .watch import Watch, last_resort
 
 def main() -> int:
     """Carry out the job whose directory JOB/working is the current one; the exit code (see job.py)."""
-    directory = JobDirectory(os.path.dirname(os.getcwd()))
-    if not directory.take_lock():
-        return _refuse(job.EXIT_DUPLICATE, "This job has been taken by another runner.")
+    try:
+        directory = JobDirectory(os.path.dirname(os.getcwd()))
+        if not directory.take_lock():
+            return _refuse(job.EXIT_DUPLICATE, "This job has been taken by another runner.")
+    except OSError as error:
+        return _refuse(job.EXIT_UNREADABLE_RUNNER, "The job's directory cannot be used: %s" % ascii(str(error)))
     try:
         plan = directory.read_plan()
     except (OSError, ValueError) as error:
         return _refuse(job.EXIT_BAD_PLAN, "The plan cannot be used: %s" % ascii(str(error)))
-    _fall_silent(directory)
+    try:
+        _fall_silent(directory)
+    except OSError as error:
+        return _refuse(job.EXIT_UNREADABLE_RUNNER, "The job's directory cannot be used: %s" % ascii(str(error)))
+    directory.keep_reserve()
     reaper = Reaper.start(directory, plan)  # first of all: it is forked, so there may be no threads yet
     try:
         Attempt(directory, plan, reaper).carry_out()
@@ -159,6 +166,7 @@ class Attempt:
                 system_logs=self._logs,
                 metadata=self._metadata,
             )
+            self._directory.release_reserve()
             try:
                 self._directory.write_result(result)
             except OSError as error:  # a full disk, most likely; the short form may still fit
@@ -275,5 +283,8 @@ def _last_line(error: BaseException) -> str:
 
     frames = traceback.extract_tb(error.__traceback__)
     where = " (%s:%s)" % (os.path.basename(frames[-1].filename), frames[-1].lineno) if frames else ""
-    traceback.print_exception(type(error), error, error.__traceback__)  # to tes-runner.log
+    try:
+        traceback.print_exception(type(error), error, error.__traceback__)  # to tes-runner.log
+    except Exception:  # noqa: S110 - a full disk; above all, nothing may hinder the end
+        pass
     return "%s: %s%s" % (type(error).__name__, error, where)

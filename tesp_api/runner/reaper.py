@@ -4,7 +4,8 @@ Pulsar's cancel is a SIGKILL of the whole process tree; the containers would go 
 (forked twice, a session of its own) and waits at the end of a pipe: closed without a goodbye, the runner is dead.
 
 What the runner says through the pipe, one JSON line each: `{"group": 123}` a process group to kill,
-`{"executor": {...}}` the result of one that ended, `{"bye": true}` nothing is left to do.
+`{"executor": {...}}` the result of one that ended, `{"sweep": true}` a container that the engine could not be asked to
+remove will be left, `{"bye": true}` nothing else is left to do.
 """
 
 import json
@@ -19,6 +20,7 @@ _LOOKS = (0.0, 0.1, 0.3)  # a container may still come into being from the dead 
 _LATE_LOOKS = (1.0, 3.0)
 _KILLED = "The runner was killed (by someone, the batch system, for lack of memory) or could not store its result."
 _PATIENCE = 60.0  # seconds for an engine that does not answer
+_LATE_PATIENCE = 3600.0  # the same, when nobody waits for it any more
 
 
 class Reaper:
@@ -75,6 +77,7 @@ def _wait(directory: JobDirectory, plan: job.Plan, fd: int, start_time: str) -> 
         signal.signal(number, signal.SIG_IGN)
     groups: List[int] = []
     executors: List[job.ExecutorResult] = []
+    late = False
     with os.fdopen(fd, "rb") as stream:
         for line in stream:
             try:
@@ -82,12 +85,23 @@ def _wait(directory: JobDirectory, plan: job.Plan, fd: int, start_time: str) -> 
             except ValueError:
                 continue  # cut off by the kill
             if "bye" in message:
+                if late:
+                    _sweep_late(plan)
                 return
+            if "sweep" in message:
+                late = True
             if "group" in message:
                 groups.append(message["group"])
             if "executor" in message:
                 executors.append(job.ExecutorResult(**message["executor"]))
     _clean_up(directory, plan, groups, executors, start_time)
+
+
+def _sweep_late(plan: job.Plan) -> None:
+    """The engine is down: remove what it still holds when it comes back."""
+    from .engines import sweep
+
+    sweep(plan, _LATE_PATIENCE)
 
 
 def _clean_up(
@@ -107,6 +121,7 @@ def _clean_up(
         if problem:
             lines.append("The containers of the killed runner could not be removed: %s" % problem)
             break
+    directory.release_reserve()
     deadline = time.monotonic() + _PATIENCE
     while os.path.isdir(directory.root) and not directory.has_result():
         try:
@@ -117,7 +132,7 @@ def _clean_up(
             time.sleep(1)
     for pause in _LATE_LOOKS if daemon else ():
         time.sleep(pause)
-        sweep(plan, 0)
+        sweep(plan, _LATE_PATIENCE if lines else 0)
 
 
 def _write(

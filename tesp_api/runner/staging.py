@@ -1,5 +1,6 @@
 """Inputs before the first executor, outputs after the last."""
 
+import errno
 import os
 import stat
 from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional
@@ -12,6 +13,9 @@ from .watch import Watch
 
 if TYPE_CHECKING:  # loading the transfers takes longer than running a container that needs none
     from .transfer import Transfer
+
+
+_SHOWN = 200  # characters of a name in a message
 
 
 class _Upload(NamedTuple):
@@ -41,7 +45,12 @@ class Staging:
         self.sent: List[job.OutputFile] = []
 
     def fetch_all(self) -> None:
-        """Put every input in its place; Problem names the first that cannot be had."""
+        """Make the directories of the plan, and put every input in its place; Problem names what cannot be had."""
+        for path in self._plan.directories:
+            try:
+                self._inner.make_directory(path)
+            except (OSError, Problem) as error:
+                raise Problem("%s: %s" % (path, reason(error)))
         for index, item in enumerate(self._plan.inputs):
             self._watch.check()
             try:
@@ -91,6 +100,8 @@ class Staging:
             transfer.fetch(url, fd)
             os.utime(fd)  # an empty input is not a file that nobody wrote
         except (OSError, Problem) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                os.ftruncate(fd, 0)  # the result needs room as well
             raise _At(".url", error)
         finally:
             os.close(fd)
@@ -101,10 +112,16 @@ class Staging:
         self._inner.make_directory(base)
         for entry in transfer.entries(url):
             self._watch.check()
-            if entry.is_directory:
-                self._inner.make_directory(base + "/" + entry.relative)
-            else:
-                self._fetch_file(transfer, base + "/" + entry.relative, entry.url)
+            try:
+                if entry.is_directory:
+                    self._inner.make_directory(base + "/" + entry.relative)
+                else:
+                    self._fetch_file(transfer, base + "/" + entry.relative, entry.url)
+            except (OSError, Problem) as error:
+                name = show(entry.relative)
+                if len(name) > _SHOWN:
+                    name = name[:_SHOWN] + "..."
+                raise _At(error.part if isinstance(error, _At) else ".path", Problem("%s: %s" % (name, reason(error))))
 
     def _opened(self, path: str) -> int:
         try:

@@ -17,7 +17,7 @@ from . import job
 from .errors import Missing, Problem, Refused
 
 _LINKS = 40  # as many as Linux follows
-_DEPTH = 100
+_DEPTH = 500  # each level of a path takes a descriptor while it is walked, of usually 1024
 _ENTRIES = 1000000
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NONBLOCK = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -241,8 +241,10 @@ class Tree:
         if not modes.S_ISDIR(facts.st_mode):
             return Found(relative, at, None, "is neither a file nor a directory"), ()
         identity = (facts.st_dev, facts.st_ino)
-        if identity in above or len(above) >= _DEPTH:
-            return Found(relative, at, None, "leads back to a directory above it, or too deep"), ()
+        if identity in above:
+            return Found(relative, at, None, "leads back to a directory above it"), ()
+        if len(above) >= _DEPTH:  # what lies there is wanted: to leave it out would be to lose it
+            raise Problem("%s... lies more than %d directories deep" % (show(at[:80]), _DEPTH))
         return Found(relative, at, job.DIRECTORY), (identity,)
 
     def _list(self, path: str) -> List[bytes]:

@@ -21,7 +21,8 @@ class SiteFacts:
 
     `max_jobs` is how many of our jobs it may hold at once (Pulsar itself does not limit that); None is no limit.
     `patience` is how long, in seconds, a job or the whole site may be silent before it is given up; `poll_interval`
-    is the longest pause, in seconds, between two looks at a job.
+    is the longest pause, in seconds, between two looks at a job, `first_look` the shortest one; a site that tells by
+    itself how its jobs are need not be asked often.
     """
 
     name: str
@@ -33,6 +34,7 @@ class SiteFacts:
     log_bytes: int = 131072
     patience: float = 300.0
     poll_interval: float = 5.0
+    first_look: float = 0.1
     cancel_grace: float = 10.0
 
 

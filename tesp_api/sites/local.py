@@ -28,6 +28,7 @@ from tesp_api.runner.bundle import FILE_NAME, Bundle, command, pseudo_job
 from tesp_api.sites import SiteFacts, documents
 from tesp_api.sites.processes import PASSED_ON, Process, replace
 from tesp_api.sites.pulsar.messages import JOB_ID
+from tesp_api.sites.watch import JobFiles, Watch
 from tesp_api.task import Observation, Phase
 
 log = logging.getLogger(__name__)
@@ -47,18 +48,17 @@ class LocalSite:
         self._runner = runner
         self._argv = [python, *shlex.split(command(runner.sha256))[1:]]
         self._exits: dict[str, subprocess.Popen[bytes]] = {}
-        self._ended: asyncio.Queue[str] = asyncio.Queue()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._files = JobFiles(self._directory)
+        self._watch = Watch(self._files)
 
     async def __aenter__(self) -> Self:
-        self._loop = asyncio.get_running_loop()
         await asyncio.to_thread(self._deliver)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._loop = None
+        """Nothing to close: the jobs live on."""
 
     def _deliver(self) -> None:
         folder = self._directory / pseudo_job(self._runner.sha256) / "inputs"
@@ -75,6 +75,7 @@ class LocalSite:
             await asyncio.to_thread(self._submit, plan)
         except OSError as error:
             raise SiteUnavailable(f"The job could not be started: {error}") from error
+        self._watch.add(plan.job_id)
 
     def _submit(self, plan: job.Plan) -> None:
         root = self._root(plan.job_id)
@@ -97,8 +98,8 @@ class LocalSite:
 
     def _has_begun(self, job_id: str) -> bool:
         """Whether a runner ran although nobody noted its launch: the service died between the two."""
-        progress = self._progress(job_id)
-        return self._result(job_id) is not None or (progress is not None and documents.begun(progress))
+        progress = self._files.progress(job_id)
+        return self._files.result(job_id) is not None or (progress is not None and documents.begun(progress))
 
     def _start(self, job_id: str, alive: int) -> None:
         root = self._root(job_id)
@@ -122,27 +123,28 @@ class LocalSite:
         code = child.wait()
         with suppress(OSError):  # forgotten meanwhile
             replace(self._root(job_id) / "return_code", str(code).encode("ascii"))
-        with suppress(RuntimeError, AttributeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._ended.put_nowait, job_id)  # type: ignore[union-attr]
 
     # Observe
 
     async def observe(self, job_ids: Sequence[str]) -> Sequence[Observation]:
         """See Site."""
-        return await asyncio.to_thread(lambda: [self._look(each) for each in job_ids])
+        observations = await asyncio.to_thread(lambda: [self._look(each) for each in job_ids])
+        for seen in observations:
+            if seen.phase is Phase.RUNNING:
+                self._watch.add(seen.job_id)
+        return observations
 
     async def updates(self) -> AsyncIterator[Observation]:
-        """Each end of a job that this process started."""
-        while True:
-            job_id = await self._ended.get()
-            yield (await self.observe([job_id]))[0]
+        """See Site."""
+        async for seen in self._watch.moves():
+            yield seen
 
     def _look(self, job_id: str) -> Observation:
         if not JOB_ID.fullmatch(job_id):
             return Observation(job_id=job_id, phase=Phase.UNKNOWN)
         root = self._root(job_id)
         alive = _is_taken(root / "alive")  # before the result is read: the last thing that a job does is to write it
-        result, progress = self._result(job_id), self._progress(job_id)
+        result, progress = self._files.result(job_id), self._files.progress(job_id)
         code = None if alive else self._exit_code(job_id)
         if result is not None:
             return Observation(job_id=job_id, phase=Phase.ENDED, progress=progress, result=result, exit_code=code)
@@ -162,14 +164,6 @@ class LocalSite:
             return int((self._root(job_id) / "return_code").read_bytes())
         except (OSError, ValueError):
             return None
-
-    def _progress(self, job_id: str) -> job.Progress | None:
-        path = self._root(job_id) / "metadata" / "progress.json"
-        return documents.progress(_read(path, documents.PROGRESS_BYTES), job_id)
-
-    def _result(self, job_id: str) -> job.Result | None:
-        path = self._root(job_id) / "metadata" / "result.json"
-        return documents.result(_read(path, documents.RESULT_BYTES), job_id)
 
     # Cancel and forget
 
@@ -233,15 +227,6 @@ def _is_taken(path: Path) -> bool:
         return False
     finally:
         os.close(fd)
-
-
-def _read(path: Path, limit: int) -> bytes | None:
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(limit + 1)
-    except OSError:
-        return None
-    return data if len(data) <= limit else None
 
 
 def _tail(path: Path) -> str:

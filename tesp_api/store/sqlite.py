@@ -12,7 +12,7 @@ import json
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,8 @@ T = TypeVar("T")
 _ACTIVE = ", ".join(f"'{state}'" for state in sorted(ACTIVE))
 
 MIGRATIONS = (
-    # 1: the first schema. Hot columns first: a large document goes to overflow pages that a short view never reads.
+    # 1: the first schema. The client's document has a table of its own: SQLite writes a changed row as a whole, and
+    # `due_at` changes with every look.
     f"""
     CREATE TABLE task (
         id TEXT PRIMARY KEY NOT NULL,
@@ -52,8 +53,11 @@ MIGRATIONS = (
         site TEXT,
         cpus REAL NOT NULL,
         ram_gb REAL NOT NULL,
-        attempts TEXT NOT NULL,
-        document TEXT NOT NULL
+        attempts TEXT NOT NULL
+    );
+    CREATE TABLE document (
+        task_id TEXT PRIMARY KEY NOT NULL REFERENCES task (id) ON DELETE CASCADE,
+        text TEXT NOT NULL
     );
     CREATE INDEX task_queued ON task (due_at) WHERE state = 'QUEUED' AND due_at IS NOT NULL;
     CREATE INDEX task_open ON task (due_at) WHERE state <> 'QUEUED' AND due_at IS NOT NULL;
@@ -81,7 +85,7 @@ MIGRATIONS = (
 """SQL that leads from each schema version to the next; `PRAGMA user_version` says how many have been run."""
 
 _MINIMAL = "task.id, task.state, task.version, task.due_at, task.created, task.owner"
-_BASIC = _MINIMAL + ", task.attempts, task.document"
+_BASIC = _MINIMAL + ", task.attempts, (SELECT text FROM document WHERE document.task_id = task.id)"
 BATCH = 256
 FEW = 2000
 """Fewer matches than this are sorted; more are looked for in order."""
@@ -229,35 +233,50 @@ class _Worker:
             call = self._calls.get()
         return batch, True
 
-    def _commit(self, batch: list[_Call]) -> None:
-        """Run the calls in one transaction. If one fails, all are undone and each is run again in its own."""
-        assert self._db is not None
-        if not self._transaction(self._db, batch) and len(batch) > 1:
-            for call in batch:
-                self._transaction(self._db, [call])
-
-    def _transaction(self, db: sqlite3.Connection, calls: list[_Call]) -> bool:
-        """Whether all was done and committed; else nothing was, and each call holds the error."""
+    def _commit(self, calls: list[_Call]) -> None:
+        """Run the calls in one transaction. If one of them fails, all are undone and each is run in its own."""
+        db = self._db
+        assert db is not None
         try:
             self._flush_to_disk(db, any(call.durable for call in calls))
             db.execute("BEGIN IMMEDIATE" if self._writes else "BEGIN")
+            if self._all_ran(db, calls):
+                db.execute("COMMIT")
+                return
+        except Exception as error:  # the database as a whole: nothing of this was done, and trying singly is useless
+            _roll_back(db)
             for call in calls:
-                call.result = call.function(db)
-                call.error = None
-            db.execute("COMMIT")
-        except Exception as error:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            known = StoreUnavailable(f"The store could not be used: {error}") if isinstance(error, _OURS) else error
+                call.error = _known(error)
+            return
+        if len(calls) > 1:
             for call in calls:
-                call.error = known
-            return False
+                self._commit([call])
+
+    def _all_ran(self, db: sqlite3.Connection, calls: list[_Call]) -> bool:
+        """Run the calls; False if one failed, which holds the error then, and nothing of the transaction is left."""
+        for call in calls:
+            try:
+                call.result, call.error = call.function(db), None
+            except Exception as error:
+                call.error = _known(error)
+                _roll_back(db)
+                return False
         return True
 
     def _flush_to_disk(self, db: sqlite3.Connection, durable: bool) -> None:
         if self._writes and durable != self._durable:
             db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._durable = durable
+
+
+def _roll_back(db: sqlite3.Connection) -> None:
+    if db.in_transaction:
+        with suppress(sqlite3.Error):
+            db.execute("ROLLBACK")
+
+
+def _known(error: Exception) -> Exception:
+    return StoreUnavailable(f"The store could not be used: {error}") if isinstance(error, _OURS) else error
 
 
 class _Call:
@@ -268,7 +287,7 @@ class _Call:
         self.durable = durable
         self.future = future
         self.result: Any = None
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
 
 
 def _answer(batch: list[_Call]) -> None:
@@ -281,19 +300,19 @@ def _answer(batch: list[_Call]) -> None:
             call.future.set_result(call.result)
 
 
-def _migrate(db: sqlite3.Connection) -> None:
+def _migrate(db: sqlite3.Connection, migrations: Sequence[str] = MIGRATIONS) -> None:
     db.execute("BEGIN EXCLUSIVE")  # two processes that start together must not both migrate
     (version,) = db.execute("PRAGMA user_version").fetchone()
-    if version > len(MIGRATIONS):
+    if version > len(migrations):
         db.execute("ROLLBACK")
         raise StoreUnavailable(
-            f"The store was written by a newer release (schema {version}, this one knows {len(MIGRATIONS)})."
+            f"The store was written by a newer release (schema {version}, this one knows {len(migrations)})."
         )
-    for script in MIGRATIONS[version:]:
+    for script in migrations[version:]:
         for statement in script.split(";"):
             if statement.strip():
                 db.execute(statement)
-    db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+    db.execute(f"PRAGMA user_version = {len(migrations)}")
     db.execute("COMMIT")
 
 
@@ -303,8 +322,8 @@ def _migrate(db: sqlite3.Connection) -> None:
 def _add(db: sqlite3.Connection, task: Task) -> None:
     cpus, ram_gb = asked(task)
     db.execute(
-        "INSERT INTO task (id, state, version, due_at, created, owner, name, site, cpus, ram_gb, attempts, document)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO task (id, state, version, due_at, created, owner, name, site, cpus, ram_gb, attempts)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             task.id,
             task.state,
@@ -317,9 +336,9 @@ def _add(db: sqlite3.Connection, task: Task) -> None:
             cpus,
             ram_gb,
             attempts_to_json(task.attempts),
-            task.document,
         ),
     )
+    db.execute("INSERT INTO document (task_id, text) VALUES (?, ?)", (task.id, task.document))
     tags = (task.spec.tags or {}).items()
     db.executemany("INSERT INTO tag (key, value, task_id) VALUES (?, ?, ?)", [(k, v, task.id) for k, v in tags])
     _put_bodies(db, task.id, content_rows(task.bodies))
@@ -335,7 +354,9 @@ def _put_bodies(db: sqlite3.Connection, task_id: str, rows: Iterable[tuple[str, 
     )
 
 
-def _add_lines(db: sqlite3.Connection, task_id: str, number: int, lines: Iterable[str]) -> None:
+def _add_lines(db: sqlite3.Connection, task_id: str, number: int, lines: Sequence[str]) -> None:
+    if not lines:
+        return
     (start,) = db.execute(
         "SELECT coalesce(max(position), -1) + 1 FROM body WHERE task_id = ? AND kind = ? AND attempt = ?",
         (task_id, SYSTEM, number),
@@ -467,7 +488,7 @@ def _apply(db: sqlite3.Connection, task_id: str, change: Change) -> Task | None:
 
 
 def _due(queued: bool) -> str:
-    """The source and condition of what is due. Left alone, SQLite takes the index of states and sorts the whole queue."""
+    """Where to find what is due. Left alone, SQLite would take the index of states and sort the whole queue."""
     index, sign = ("task_queued", "=") if queued else ("task_open", "<>")
     return f"task INDEXED BY {index} WHERE state {sign} 'QUEUED' AND due_at IS NOT NULL"
 
@@ -492,6 +513,7 @@ def _next_due(db: sqlite3.Connection, queued: bool) -> float | None:
 
 def _loads(db: sqlite3.Connection) -> dict[str, Load]:
     rows = db.execute(
-        f"SELECT site, count(*), sum(cpus), sum(ram_gb) FROM task WHERE state IN ({_ACTIVE}) GROUP BY site"
+        "SELECT site, count(*), sum(cpus), sum(ram_gb) FROM task INDEXED BY task_active"
+        f" WHERE state IN ({_ACTIVE}) GROUP BY site"
     )
     return {site: Load(jobs, cpus, ram_gb) for site, jobs, cpus, ram_gb in rows}

@@ -434,11 +434,12 @@ def test_no_request_line_is_longer_than_proxies_allow(server: PulsarServer) -> N
 
 def test_stuck_transfers_leave_room_for_control() -> None:
     async def main() -> None:
-        release, transfers = asyncio.Event(), 0
-        most = 0
+        release, transfers, most = asyncio.Event(), 0, 0
+        handlers: list[asyncio.Task[None] | None] = []
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             nonlocal transfers, most
+            handlers.append(asyncio.current_task())
             while line := await reader.readline():
                 length = 0
                 while (header := await reader.readline()) not in (b"\r\n", b""):
@@ -468,6 +469,7 @@ def test_stuck_transfers_leave_room_for_control() -> None:
             assert most == 2
             release.set()
             await asyncio.gather(*stuck)
+        await asyncio.gather(*(each for each in handlers if each is not None))
         listener.close()
 
     asyncio.run(main())

@@ -264,7 +264,10 @@ def test_killed_at_any_moment(make: Make) -> None:
     """Just as the container is about to be created, created, started."""
     for delay in range(0, 200, 20):
         made = make(sh("sleep 600")).start()
-        made.wait_for_phase("staging" if delay < 100 else "running")
+        if delay < 100:
+            until(made.progress)  # staging, and maybe already more
+        else:
+            made.wait_for_phase("running")
         try:
             assert made.process is not None
             made.process.wait(delay % 100 / 1000)

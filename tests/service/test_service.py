@@ -137,6 +137,20 @@ def test_volumes_are_shared_and_stdio_goes_through_files(service: Service, files
     assert {each["path"] for each in task["logs"][0]["outputs"]} == {"/out/o", "/out/e"}
 
 
+def test_directories_inside_directories_are_there(service: Service, files: Path) -> None:
+    task = run(
+        service,
+        executors=[sh("ls -d /a/b /w/logs /w/sub && echo x > /w/sub/f", stdout="/w/logs/o")],
+        volumes=["/a", "/a/b"],
+        outputs=[
+            {"path": "/w", "url": str(files / "nested"), "type": "DIRECTORY"},
+            {"path": "/w/sub/f", "url": str(files / "nested-file")},
+        ],
+    )
+    assert task["state"] == "COMPLETE", task
+    assert (files / "nested" / "logs" / "o").read_text().split() == ["/a/b", "/w/logs", "/w/sub"]
+
+
 def test_resources_are_enforced(service: Service) -> None:
     limits = "cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max 2>/dev/null | head -n 1"
     task = run(service, executors=[sh(limits)], resources={"ram_gb": 0.125, "cpu_cores": 1})

@@ -131,7 +131,9 @@ def test_only_the_roots_know_settings_and_concrete_classes() -> None:
             assert not found & concrete, module
 
 
-@pytest.mark.parametrize(("library", "home"), [("motor", "store.mongo"), ("jose", "api.auth"), ("sqlite3", "store.sqlite")])
+@pytest.mark.parametrize(
+    ("library", "home"), [("motor", "store.mongo"), ("jose", "api.auth"), ("sqlite3", "store.sqlite")]
+)
 def test_libraries_that_have_one_home(library: str, home: str) -> None:
     users = {module for module in FILES if any(name.split(".")[0] == library for name in imports(module))}
     assert users <= {f"tesp_api.{home}"}

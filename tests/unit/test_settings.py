@@ -50,7 +50,9 @@ def written(tmp_path: Path, text: str) -> Path:
     return file
 
 
-def refused(file: Path | None, environ: Mapping[str, str] | None = None, overrides: dict[str, Any] | None = None) -> str:
+def refused(
+    file: Path | None, environ: Mapping[str, str] | None = None, overrides: dict[str, Any] | None = None
+) -> str:
     with pytest.raises(SettingsError) as caught:
         load(file, environ or {}, overrides)
     message = str(caught.value)

@@ -1,6 +1,7 @@
 """What runs the containers: one file per engine, all behind `Engine`."""
 
 import os
+import stat
 from typing import Callable, Dict, List, NamedTuple, Optional
 
 from .. import job
@@ -55,7 +56,14 @@ class Engine:
         raise NotImplementedError
 
     def adopt(self) -> None:
-        """Make all that containers left behind belong to us, so that it can be read, and deleted later."""
+        """Make all that containers left behind ours to read, and to delete later: here, what has the modes against it.
+
+        Nothing of the job runs any more, so what was looked at stays what it is.
+        """
+        if os.geteuid() != 0:
+            for bound in self.setting.bounds:
+                if not bound.live:
+                    _open_up(bound.real)
 
     def close(self) -> None:
         """Wait until nothing of the job is left in the engine."""
@@ -86,6 +94,22 @@ def sweep(plan: job.Plan, patience: float) -> str:
     from .docker import sweep as sweep_docker
 
     return sweep_docker(plan.runtime.docker_host, plan.job_id, patience)
+
+
+def _open_up(path: str) -> None:
+    """Let the owner read all files, and read and change all directories, below the path. Links are not followed."""
+    todo = [os.fsencode(path)]
+    while todo:
+        at = todo.pop()
+        try:
+            mode = os.lstat(at).st_mode
+            wanted = 0o700 if stat.S_ISDIR(mode) else 0o400 if stat.S_ISREG(mode) else 0
+            if mode & wanted != wanted:
+                os.chmod(at, stat.S_IMODE(mode) | wanted)
+            if stat.S_ISDIR(mode):
+                todo.extend(os.path.join(at, name) for name in os.listdir(at))
+        except OSError:
+            pass  # another user's, or a path too long; whoever needs it will say so
 
 
 def kill_groups(job_id: str, groups: List[int]) -> None:

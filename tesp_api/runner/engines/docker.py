@@ -63,14 +63,19 @@ class Docker(Engine):
             thread.join()
         self._removals = []
         if self._trouble:
-            said = "A container could not be removed: %s" % self._trouble
+            said = "A container could not be removed yet: %s" % self._trouble
             self._trouble = ""
+            self.setting.tell({"sweep": True})
             if self.setting.watch.stopped.is_set():
                 raise EngineError(said)  # CANCELED would promise that it is gone
             self.setting.note(said)
 
     def adopt(self) -> None:
         """See Engine. Root's files can only be given away by root: a last short container does it."""
+        self._take_over()
+        super().adopt()
+
+    def _take_over(self) -> None:
         user, group = os.geteuid(), os.getegid()
         mounts = [bound for bound in self.setting.bounds if not bound.read_only and not bound.live]
         foreign = [bound for bound in mounts if _has_foreign(bound.real, user)]
@@ -90,12 +95,14 @@ class Docker(Engine):
                 "Mounts": [_mount(place, bound.real, False) for place, bound in zip(places, foreign)],  # noqa: B905
             },
         }
-        status, answer = self._call("POST", "/containers/create?name=" + name, body)
-        if status == 201:
-            status, answer = self._call("POST", "/containers/%s/start" % name)
-            if status == 204:
-                status, answer = self._call("POST", "/containers/%s/wait" % name)
-            self._call("DELETE", "/containers/%s?v=1&force=1" % name)
+        try:
+            status, answer = self._call("POST", "/containers/create?name=" + name, body)
+            if status == 201:
+                status, answer = self._call("POST", "/containers/%s/start" % name)
+                if status == 204:
+                    status, answer = self._call("POST", "/containers/%s/wait" % name)
+        finally:
+            self._remove_later(name)
         if any(_has_foreign(bound.real, user) for bound in foreign):
             self.setting.note("Files of other users are left in the job's directory: %s" % words(answer))
 
@@ -118,6 +125,8 @@ class Docker(Engine):
         try:
             return call(self._host, method, path, body, headers)
         except (OSError, ValueError) as error:
+            if isinstance(error, ConnectionError) and not isinstance(error, ConnectionRefusedError):
+                raise EngineError("Docker at %s went away in the middle of a request: %s" % (self._host, reason(error)))
             raise EngineError(_NO_IMAGE_ENGINE % (self._host, reason(error)))
 
     def _create(self, name: str, body: Dict[str, Any], run: Run) -> None:
@@ -166,6 +175,8 @@ class Docker(Engine):
             if not problem:
                 return
             if pause is None or not _transient(problem):
+                if "no basic auth credentials" in problem or "unauthorized" in problem:
+                    problem += " (the user that runs the jobs on this node needs a docker login)"
                 raise EngineError("%s.image: %r cannot be pulled: %s" % (where, image, problem))
             self.setting.watch.sleep(pause)
 
@@ -308,14 +319,36 @@ class _Execution:
             raise EngineError("%s; the container is %s since." % (where, state.get("Status")))
         code = int(state.get("ExitCode", -1))
         files = self._run.stdout.fd is not None or self._run.stderr.fd is not None
-        if code < 0 or code in _KILLED or (code == 0 and files):
+        if code < 0 or code in _KILLED or (code == 0 and files) or not self._undisturbed():
             raise EngineError("%s; it ended with code %d since, maybe not by itself or without output." % (where, code))
         self._engine.setting.note("%s; its later output is lost." % where)
         return code
 
+    def _undisturbed(self) -> bool:
+        """Whether the engine itself has lived on, and nobody told the container to stop: an engine that starts again
+        stops its old containers, and a program may well answer that with any exit code, even 0."""
+        import json
+        from urllib.parse import quote
+
+        filters = quote(json.dumps({"container": [self._path.rpartition("/")[2]], "event": ["start", "kill"]}))
+        try:
+            path = "/events?since=1&until=%d&filters=%s" % (time.time() + 1, filters)
+            status, answer = self._engine.call("GET", path)  # of the engine's memory, which it loses at its end
+            known = [answer] if isinstance(answer, dict) else [json.loads(line) for line in (answer or "").splitlines()]
+            events = [entry.get("Action") for entry in known]
+            if status != 200 or "kill" in events:
+                return False
+            if "start" in events:
+                return True
+            status, answer = self._engine.call("GET", "/info")
+            return status == 200 and answer.get("LiveRestoreEnabled") is True
+        except (EngineError, ValueError, AttributeError):
+            return False
+
     def _state_after_loss(self, where: str) -> Dict[str, Any]:
         deadline = time.monotonic() + _LOST
         while True:
+            self._watch.check()
             try:
                 status, answer = self._engine.call("GET", self._path + "/json")
                 if status == 404:

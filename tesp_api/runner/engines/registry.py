@@ -13,7 +13,7 @@ def credentials(image: str) -> Dict[str, str]:
     entry = _entry(_registry(image))
     if not entry:
         return {}
-    user, _, password = _decoded(entry.get("auth", "")).partition(":")
+    user, _, password = _decoded(str(entry.get("auth", ""))).partition(":")
     known = {
         "username": entry.get("username") or user,
         "password": entry.get("password") or password,

@@ -1,7 +1,8 @@
 """How bytes come and go: one file per scheme, all behind `Transfer`."""
 
+import errno
 import os
-from typing import BinaryIO, Callable, Iterator, NamedTuple, Optional
+from typing import BinaryIO, Callable, Iterator, NamedTuple
 
 from ..errors import Problem
 from ..tree import Tree, encode
@@ -100,17 +101,40 @@ def open_transfer(url: str, context: Context) -> Transfer:
     raise Problem("cannot transfer this kind of URL (scheme: %s); known are absolute paths, %s" % (scheme[:40], known))
 
 
-def copy(source: int, target: int, check: Callable[[], None], limit: Optional[int] = None) -> int:
-    """Copy from descriptor to descriptor to the end (or to `limit` bytes): how many bytes."""
-    count = 0
-    while limit is None or count < limit:
+def copy_sparse(source: int, target: int, size: int, check: Callable[[], None]) -> int:
+    """Copy the first `size` bytes into an empty file: how many there were. Holes stay holes: a container can make
+    one of any size for nothing."""
+    at = 0
+    while at < size:
+        try:
+            begin = min(size, os.lseek(source, at, os.SEEK_DATA))
+            end = min(size, os.lseek(source, begin, os.SEEK_HOLE))
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                begin = end = max(at, min(size, os.fstat(source).st_size))
+            else:  # this file system knows no holes
+                begin, end = at, size
+        if begin > at:
+            check()
+            os.ftruncate(target, begin)
+        at = begin + _copy(source, target, begin, end, check)
+        if at < end or begin == end:
+            break
+    return at
+
+
+def _copy(source: int, target: int, begin: int, end: int, check: Callable[[], None]) -> int:
+    os.lseek(source, begin, os.SEEK_SET)
+    os.lseek(target, begin, os.SEEK_SET)
+    at = begin
+    while at < end:
         check()
-        data = os.read(source, BLOCK)
+        data = os.read(source, min(BLOCK, end - at))
         if not data:
             break
         write_all(target, data)
-        count += len(data)
-    return count
+        at += len(data)
+    return at - begin
 
 
 def write_all(fd: int, data: bytes) -> None:

@@ -7,7 +7,7 @@ from typing import Iterator
 from .. import job
 from ..errors import Missing, Problem, Refused
 from ..tree import Draft, decode, show
-from . import Entry, Source, Transfer, copy
+from . import Entry, Source, Transfer, copy_sparse
 
 
 class FileTransfer(Transfer):
@@ -17,8 +17,10 @@ class FileTransfer(Transfer):
         """See Transfer. The copy can be executed if the original can."""
         source = self.context.roots.open_read(path_of(url))
         try:
-            copy(source, fd, self.context.watch.check)
-            mode = os.fstat(source).st_mode
+            facts = os.fstat(source)
+            if copy_sparse(source, fd, facts.st_size, self.context.watch.check) < facts.st_size:
+                raise Problem("%s became shorter while it was copied" % show(path_of(url)))
+            mode = facts.st_mode
             if mode & 0o111:
                 os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | (mode & 0o111))
         finally:
@@ -53,8 +55,7 @@ class FileTransfer(Transfer):
         return count
 
     def _copy(self, source: Source, draft: Draft) -> int:
-        os.lseek(source.fd, 0, os.SEEK_SET)
-        return copy(source.fd, draft.fd, self.context.watch.check)
+        return copy_sparse(source.fd, draft.fd, source.size, self.context.watch.check)
 
     def make_directory(self, url: str) -> None:
         """See Transfer."""

@@ -5,6 +5,7 @@ import functools
 import http.client
 import os
 import random
+import re
 import socket
 import urllib.error
 import urllib.parse
@@ -12,6 +13,7 @@ import urllib.request
 from typing import IO, Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, TypeVar
 
 from ..errors import Missing, Problem
+from ..tree import encode, show
 from . import BLOCK, Context, Entry, Source, Transfer, reader, write_all
 
 TRIES = 5
@@ -22,6 +24,8 @@ _ENTRIES = 100000
 _LISTING = 16 * 1024 * 1024
 _REDIRECTS = 5
 _SECRET = ("sig", "signature", "token", "key", "credential", "password", "secret", "policy", "auth")
+
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f]")
 
 T = TypeVar("T")
 
@@ -52,6 +56,7 @@ class HttpTransfer(Transfer):
         """See Transfer. Read from HTML listings; only links strictly below the URL are followed."""
         from .listing import links
 
+        self._usable(url)
         count = 0
         todo: List[Tuple[str, str, int]] = [("", _as_directory(url), 0)]
         while todo:
@@ -61,10 +66,14 @@ class HttpTransfer(Transfer):
             if depth > _DEPTH:
                 raise Problem("%s: deeper than %d directories" % (self.public(folder), _DEPTH))
             page, final = self._retry(functools.partial(self._page, folder))
-            for name, target in links(page, final):
-                count += 1
-                if count > _ENTRIES:
-                    raise Problem("%s lists more than %d entries" % (self.public(url), _ENTRIES))
+            try:
+                listed = links(page, final)
+            except ValueError as error:
+                raise Problem("%s cannot be read as a listing: %s" % (self.public(folder), error))
+            count += len(listed)
+            if count > _ENTRIES:
+                raise Problem("%s lists more than %d entries" % (self.public(url), _ENTRIES))
+            for name, target in listed:
                 path = relative + "/" + name if relative else name
                 target = _with_login(target, url)
                 if urllib.parse.urlsplit(target).path.endswith("/"):
@@ -82,12 +91,22 @@ class HttpTransfer(Transfer):
 
     def public(self, url: str) -> str:
         """See Transfer: without user and password, and without the query if it looks like a signature."""
-        split = urllib.parse.urlsplit(url)
+        try:
+            split = urllib.parse.urlsplit(url)
+        except ValueError:
+            return url.partition(":")[0] + ":..."  # who knows where in it a password stands
         query = split.query
         names = [part.partition("=")[0].lower() for part in query.split("&")]
         if any(word in name for name in names for word in _SECRET):
             query = ""
         return split._replace(netloc=split.netloc.rpartition("@")[2], query=query, fragment="").geturl()
+
+    def _usable(self, url: str) -> Tuple[str, str]:
+        """See `_split_login`; Problem if it cannot be."""
+        try:
+            return _split_login(url)
+        except ValueError as error:
+            raise Problem("%s is not a usable URL: %s" % (show(self.public(url)), error))
 
     def _fetch_once(self, url: str, fd: int, validator: List[str]) -> None:
         have = os.lseek(fd, 0, os.SEEK_END)
@@ -110,8 +129,7 @@ class HttpTransfer(Transfer):
             self._receive(answer, fd)
 
     def _receive(self, answer: Any, fd: int) -> None:
-        length = answer.headers.get("Content-Length")
-        expected = int(length) if length is not None and length.isdigit() else None
+        expected = _length(answer.headers)
         count = 0
         while True:
             self.context.watch.check()
@@ -125,13 +143,29 @@ class HttpTransfer(Transfer):
             count += len(data)
         if expected is not None and count != expected:
             raise _Again("%d of %d bytes came" % (count, expected))
+        whole = _range_size(answer.headers) if answer.getcode() == 206 else None
+        have = os.lseek(fd, 0, os.SEEK_END)
+        if whole is not None and have != whole:  # a part that nobody asked for, or less than was asked for
+            raise _Again("%d of %d bytes came" % (have, whole))
 
     def _page(self, url: str) -> Tuple[str, str]:
-        with self._open(url, headers={"Accept": "text/html"}) as answer:
-            try:
-                data = answer.read(_LISTING)
-            except (OSError, http.client.HTTPException) as error:
-                raise _Again(_said(error))
+        headers = {"Accept": "text/html", "Accept-Encoding": "identity"}
+        with self._open(url, headers=headers) as answer:
+            data = b""
+            while len(data) <= _LISTING:
+                self.context.watch.check()
+                try:
+                    block = answer.read(BLOCK)
+                except (OSError, http.client.HTTPException) as error:
+                    raise _Again(_said(error))
+                if not block:
+                    break
+                data += block
+            else:  # half a listing would be half an input, without a word
+                raise Problem("%s is longer than %d bytes" % (self.public(url), _LISTING))
+            expected = _length(answer.headers)
+            if expected is not None and len(data) != expected:
+                raise _Again("%d of %d bytes of the listing came" % (len(data), expected))
             final = answer.geturl()
         return data.decode("utf-8", "surrogateescape"), _as_directory(final)
 
@@ -164,7 +198,7 @@ class HttpTransfer(Transfer):
 
     def _open(self, url: str, method: str = "GET", body: Any = None, headers: Optional[Dict[str, str]] = None) -> Any:
         """The answer, if it is a good one; _Again if another try may help, else Problem."""
-        bare, login = _split_login(url)
+        bare, login = self._usable(url)
         request = urllib.request.Request(bare, data=body, headers=headers or {}, method=method)
         if login:
             request.add_unredirected_header("Authorization", login)
@@ -173,21 +207,30 @@ class HttpTransfer(Transfer):
         except urllib.error.HTTPError as error:
             with error:
                 self._refused(url, method, error)
+        except (ValueError, http.client.InvalidURL) as error:
+            raise Problem("%s is not a usable URL: %s" % (show(self.public(url)), error))
         except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)
             self.context.watch.check()
+            if isinstance(cause, str) or "CERTIFICATE_VERIFY_FAILED" in str(cause):  # it will not get better
+                raise Problem("%s: %s" % (self.public(url), cause))
             raise _Again(_said(cause if isinstance(cause, BaseException) else error))
-        except ValueError as error:
-            raise Problem("%s is not a usable URL: %s" % (self.public(url), error))
 
     def _refused(self, url: str, method: str, error: urllib.error.HTTPError) -> None:
-        said = "%s answers %d %s" % (self.public(url), error.code, ascii(error.reason).strip("'\""))
+        why = " ".join(str(error.reason).split())  # urllib's own are several lines
+        said = "%s answers %d %s" % (self.public(url), error.code, ascii(why).strip("'\""))
         if error.code == 416:
             raise _BadRange(said)
         if method == "PUT" and error.code in (405, 501):
             raise _NoPut(said)
         if method != "GET" and error.code in (307, 308) and error.headers.get("Location"):
-            target = urllib.parse.urljoin(_split_login(url)[0], error.headers["Location"])
+            try:
+                target = urllib.parse.urljoin(_split_login(url)[0], error.headers["Location"])
+                usable = urllib.parse.urlsplit(target).scheme in ("http", "https")
+            except ValueError:
+                usable = False
+            if not usable:
+                raise Problem("%s, and leads to no http URL" % said)
             raise _Moved(_with_login(target, url))
         if error.code == 429 or error.code >= 500:
             raise _Again(said)
@@ -331,11 +374,17 @@ class _Proxies(urllib.request.ProxyHandler):
 
 
 def _split_login(url: str) -> Tuple[str, str]:
-    """The URL as it can be sent, and its user and password as a Basic header value."""
+    """The URL as it can be sent, and its user and password as a Basic header value. ValueError if it cannot be."""
+    if _CONTROL.search(url):  # new Pythons would leave some of them out, old ones would send them
+        raise ValueError("it holds a control character")
     split = urllib.parse.urlsplit(url)
     login, at, host = split.netloc.rpartition("@")
-    path = urllib.parse.quote(split.path, safe="/%:;=@!$&'()*+,~-._") or "/"
-    query = urllib.parse.quote(split.query, safe="/%:;=@!$&'()*+,~-._?")
+    if not split.hostname or " " in host:
+        raise ValueError("it names no host")
+    if split.port == 0:  # a ValueError if it is no number, or too large
+        raise ValueError("its port is 0")
+    path = urllib.parse.quote(encode(split.path), safe="/%:;=@!$&'()*+,~-._") or "/"
+    query = urllib.parse.quote(encode(split.query), safe="/%:;=@!$&'()*+,~-._?")
     bare = split._replace(netloc=host, path=path, query=query, fragment="").geturl()
     if not at:
         return bare, ""
@@ -368,6 +417,17 @@ def _validator(headers: Any) -> List[str]:
     if etag.startswith('"'):  # a weak one does not promise the same bytes
         return [etag]
     return [headers["Last-Modified"]] if headers.get("Last-Modified") else []
+
+
+def _length(headers: Any) -> Optional[int]:
+    length = headers.get("Content-Length")
+    return int(length) if length is not None and length.isdigit() else None
+
+
+def _range_size(headers: Any) -> Optional[int]:
+    """The size of the whole file that an answer is a part of."""
+    size = (headers.get("Content-Range") or "").rpartition("/")[2].strip()
+    return int(size) if size.isdigit() else None
 
 
 def _range_start(headers: Any) -> int:

@@ -23,18 +23,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from tesp_api.errors import SettingsError, SiteError, SiteUnavailable
+from tesp_api.runner import job
 from tesp_api.runner.bundle import Bundle
 from tesp_api.sites import SiteFacts
 from tesp_api.sites.processes import PASSED_ON, Process, replace
-from tesp_api.sites.pulsar.messages import UNSAFE_PATH
+from tesp_api.sites.pulsar.messages import UNSAFE_PATH, check_id
 from tesp_api.sites.pulsar.rest import RestCarrier
 from tesp_api.sites.pulsar.site import PulsarSite
+from tesp_api.sites.watch import JobFiles, Watch
+from tesp_api.task import Observation, Phase
 
 log = logging.getLogger(__name__)
 
@@ -312,19 +316,49 @@ class EmbeddedPulsar:
 
 
 class EmbeddedSite(PulsarSite):
-    """The site that is there without any set-up: the embedded Pulsar in `directory`."""
+    """The site that is there without any set-up: the embedded Pulsar in `directory`.
+
+    Its jobs lie on our own machine, so their documents are read there, and their moves are seen at once.
+    """
 
     def __init__(self, facts: SiteFacts, directory: Path, runner: Bundle, *, timeout: float = 10.0) -> None:
         self.pulsar = EmbeddedPulsar(directory)
-        super().__init__(facts, _EmbeddedCarrier(self.pulsar, timeout), runner)
+        files = JobFiles(self.pulsar.directory / "staging")
+        self._watch = Watch(files)
+        super().__init__(facts, _EmbeddedCarrier(self.pulsar, files, timeout), runner)
+
+    async def submit(self, plan: job.Plan) -> None:
+        """See Site."""
+        await super().submit(plan)
+        self._watch.add(plan.job_id)
+
+    async def observe(self, job_ids: Sequence[str]) -> Sequence[Observation]:
+        """See Site. Jobs of an earlier process come under watch here."""
+        observations = await super().observe(job_ids)
+        for seen in observations:
+            if seen.phase in (Phase.WAITING, Phase.RUNNING):
+                self._watch.add(seen.job_id)
+            else:
+                self._watch.drop(seen.job_id)
+        return observations
+
+    async def updates(self) -> AsyncIterator[Observation]:
+        """See Site."""
+        async for seen in self._watch.moves():
+            yield seen
 
 
 class _EmbeddedCarrier(RestCarrier):
     """REST to the embedded Pulsar, whose socket and token are known only once it is entered."""
 
-    def __init__(self, pulsar: EmbeddedPulsar, timeout: float) -> None:
+    def __init__(self, pulsar: EmbeddedPulsar, files: JobFiles, timeout: float) -> None:
         super().__init__(gate=pulsar.ready, timeout=timeout, uds=str(pulsar.directory / "p.sock"))
         self._pulsar = pulsar
+        self._files = files
+
+    async def fetch(self, job_id: str, name: str, limit: int) -> bytes | None:
+        """See Carrier. Pulsar need not be asked for a file that lies beside us."""
+        return self._files.read(check_id(job_id), name, limit)
 
     async def __aenter__(self) -> Self:
         await self._pulsar.__aenter__()

@@ -1,0 +1,693 @@
+"""Dispatcher and poller over a real store and a site double, moved by hand: no loops, no real time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from tesp_api import lifecycle
+from tesp_api.dispatch import loop
+from tesp_api.dispatch.dispatcher import Dispatcher
+from tesp_api.dispatch.poller import Poller
+from tesp_api.errors import SiteRefused, SiteUnavailable, StoreUnavailable
+from tesp_api.lifecycle import Policy
+from tesp_api.runner.job import FileRoot
+from tesp_api.sites import SiteFacts
+from tesp_api.store import Bell, Query, Ring
+from tesp_api.store.sqlite import SqliteStore
+from tesp_api.task import Observation, Phase, Task
+from tesp_api.tes import TesState as S
+from tesp_api.tes import TesView
+from tests.builders import NOW, make_task
+from tests.doubles import SiteDouble, down
+
+POLICY = Policy(lease=30, patience=300, poll_interval=5, cancel_grace=10, max_attempts=3)
+
+
+class World:
+    """One store, some sites, a clock that only the test moves, and pairs of dispatcher and poller."""
+
+    def __init__(self, store: SqliteStore, *facts: SiteFacts) -> None:
+        self.store, self.now = store, NOW
+        self.sites = {each.name: SiteDouble(each) for each in facts or (SiteFacts(name="a"),)}
+        self.site = next(iter(self.sites.values()))
+        self.restart()
+
+    def restart(self) -> None:
+        """A new pair takes over; what the old one had in memory is gone."""
+        policies = dict.fromkeys(self.sites, POLICY)
+        self.dispatcher = Dispatcher(self.store, self.sites, policies, self.clock)
+        self.poller = Poller(self.store, self.sites, policies, self.dispatcher.submit, self.clock)
+
+    def clock(self) -> float:
+        return self.now
+
+    async def add(self, count: int = 1, **fields: Any) -> list[Task]:
+        tasks = [make_task(now=self.now, **fields) for _ in range(count)]
+        await asyncio.gather(*(self.store.add(task) for task in tasks))
+        return tasks
+
+    async def step(self, seconds: float = 0.2) -> None:
+        """Both tick until nothing is due, then time passes."""
+        for _ in range(20):
+            moved = await self.dispatcher.tick()
+            await self.dispatcher.drain()
+            moved += await self.poller.tick()
+            await self.poller.drain()
+            await self.dispatcher.drain()
+            if not moved:
+                break
+        self.now += seconds
+
+    async def get(self, task: Task) -> Task:
+        found = await self.store.get(task.id, TesView.FULL)
+        assert found is not None
+        return found
+
+    async def state(self, task: Task) -> S:
+        return (await self.get(task)).state
+
+    async def lines(self, task: Task) -> str:
+        bodies = (await self.get(task)).bodies
+        assert bodies is not None
+        return " ".join(line for lines in bodies.system.values() for line in lines)
+
+    async def cancel(self, task: Task) -> None:
+        while True:
+            current = await self.get(task)
+            change = lifecycle.cancel(current, self.now)
+            if change is None or await self.store.apply(task.id, change) is not None:
+                return
+
+    async def until_final(self, task: Task, *, step: float = 5.0, steps: int = 200) -> Task:
+        for _ in range(steps):
+            await self.step(step)
+            if (found := await self.get(task)).final:
+                return found
+        raise AssertionError(f"{await self.state(task)} for ever")
+
+
+def on(
+    *facts: SiteFacts,
+) -> Callable[[Callable[[World], Coroutine[Any, Any, None]]], Callable[[], None]]:
+    """Run an async test in a world with these sites."""
+
+    def decorate(test: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
+        def run() -> None:
+            async def main() -> None:
+                async with SqliteStore(":memory:") as store:
+                    await test(World(store, *facts))
+
+            asyncio.run(main())
+
+        run.__name__, run.__doc__ = test.__name__, test.__doc__
+        return run
+
+    return decorate
+
+
+@on()
+async def test_a_task_runs(world: World) -> None:
+    (task,) = await world.add(inputs=[{"path": "/x", "content": "c"}])
+    await world.step()
+    assert await world.state(task) is S.INITIALIZING
+    assert [each.content for each in world.site.job().plan.inputs] == ["c"]
+    world.site.job().run()
+    await world.step()
+    assert await world.state(task) is S.RUNNING
+    world.site.job().end()
+    await world.step(1)
+    assert await world.state(task) is S.COMPLETE
+    await world.step()
+    assert world.site.forgotten == [f"{task.id}-1"]
+    assert (await world.get(task)).due_at is None
+    assert sum(world.site.submits.values()) == 1
+    assert not any(call in ("cancel", "kill") for call, _ in world.site.calls)
+
+
+@on(SiteFacts(name="a", file_roots=(FileRoot("/data"),)))
+async def test_content_beside_a_url_wins(world: World) -> None:
+    await world.add(inputs=[{"path": "/x", "content": "c", "url": "file:///etc/shadow"}])
+    await world.step()
+    assert [(each.content, each.url) for each in world.site.job().plan.inputs] == [("c", None)]
+
+
+@on(SiteFacts(name="a", max_jobs=7), SiteFacts(name="b", max_jobs=3), SiteFacts(name="c", cpus=5.0))
+async def test_capacity_is_never_exceeded(world: World) -> None:
+    tasks = await world.add(100, resources={"cpu_cores": 2, "ram_gb": 1})
+    for _ in range(60):
+        await world.step(1.1)
+        for site in world.sites.values():
+            for each in site.active[:3]:
+                each.run()
+                each.end()
+    assert {await world.state(task) for task in tasks} == {S.COMPLETE}
+    assert (world.sites["a"].most, world.sites["b"].most) == (7, 3)
+    assert world.sites["c"].most_cpus == 4.0
+    assert all(set(site.submits.values()) == {1} for site in world.sites.values())
+
+
+@on(SiteFacts(name="a", ram_gb=4.0))
+async def test_no_room_keeps_the_place_in_the_queue(world: World) -> None:
+    tasks = await world.add(3, resources={"ram_gb": 3})
+    for task in tasks:
+        await world.step(1.1)
+        assert await world.state(task) is S.INITIALIZING
+        world.site.jobs[f"{task.id}-1"].end()
+    await world.step(1.1)
+    assert await world.state(tasks[-1]) is S.COMPLETE
+
+
+@on(SiteFacts(name="a", cpus=1.0))
+async def test_a_full_site_does_not_keep_the_loop_busy(world: World) -> None:
+    """Tasks that find no room are put back, which rings the bell: that must not start the next round."""
+    await world.add(5, resources={"cpu_cores": 1})
+    await world.step(0)
+    before = [task.version for task in (await world.store.page(Query())).tasks]
+    for _ in range(10):
+        assert await world.dispatcher.tick() == 0
+        assert await world.dispatcher.next_due() is None
+    assert [task.version for task in (await world.store.page(Query())).tasks] == before
+    world.site.job().end()
+    world.now += 0.2
+    await world.step(0)
+    assert len(world.site.submits) == 2, "at once, without waiting for the pause"
+
+
+@on(SiteFacts(name="a", cpus=2.0), SiteFacts(name="b", ram_gb=1.0))
+async def test_what_fits_nowhere_is_said(world: World) -> None:
+    (task,) = await world.add(resources={"cpu_cores": 3, "ram_gb": 2})
+    await world.step()
+    assert await world.state(task) is S.SYSTEM_ERROR
+    assert "'a' has 2 CPUs" in await world.lines(task)
+    assert "'b' has 1 GB" in await world.lines(task)
+    assert (await world.get(task)).due_at is None
+
+
+@on()
+async def test_what_cannot_be_planned_is_said(world: World) -> None:
+    (task,) = await world.add(inputs=[{"path": "/x", "url": "/etc/shadow"}])
+    (odd,) = await world.add(inputs=[{"path": "/x", "url": "http://[broken"}])
+    await world.step()
+    assert await world.state(task) is S.SYSTEM_ERROR
+    assert "inputs[0].url" in await world.lines(task)
+    assert await world.state(odd) is S.INITIALIZING, "the node says what is wrong with it"
+    assert len(world.site.submits) == 1
+
+
+@on()
+async def test_a_site_that_is_down_is_waited_for(world: World) -> None:
+    world.site.trouble = down
+    (task,) = await world.add()
+    for _ in range(20):
+        await world.step(5)
+    assert await world.state(task) is S.INITIALIZING
+    world.site.trouble = lambda call, job_id: None
+    await world.step(5)
+    await world.step(5)
+    assert list(world.site.jobs) == [f"{task.id}-1"]
+    world.site.job().end()
+    assert (await world.until_final(task)).state is S.COMPLETE
+
+
+@on()
+async def test_a_site_that_stays_down_exhausts_patience(world: World) -> None:
+    world.site.trouble = down
+    (task,) = await world.add()
+    await world.until_final(task)
+    assert await world.state(task) is S.SYSTEM_ERROR
+    assert "silent for" in await world.lines(task)
+    assert 300 < world.now - NOW < 330
+    assert len((await world.get(task)).attempts) == 1
+
+
+@on()
+async def test_a_job_given_up_while_the_site_was_down_is_killed_when_it_is_back(world: World) -> None:
+    (task,) = await world.add()
+    await world.step()
+    world.site.job().run()
+    await world.step()
+    world.site.trouble = down
+    await world.until_final(task)
+    for _ in range(20):
+        await world.step(30)
+    world.site.trouble = lambda call, job_id: None
+    running = world.site.job()
+    for _ in range(30):
+        await world.step(60)
+    assert running.killed, "else its containers would run on"
+    assert world.site.forgotten == [f"{task.id}-1"]
+    assert await world.state(task) is S.SYSTEM_ERROR
+
+
+@on()
+async def test_a_lost_answer_is_asked_again_under_the_same_id(world: World) -> None:
+    world.site.lose_answers = True
+    (task,) = await world.add()
+    await world.step()
+    world.site.lose_answers = False
+    await world.step(1)
+    assert list(world.site.jobs) == [f"{task.id}-1"]
+    world.site.job().end()
+    assert (await world.until_final(task)).state is S.COMPLETE
+    assert len((await world.get(task)).attempts) == 1
+
+
+@on()
+async def test_a_lost_submit_is_repeated_under_the_same_id(world: World) -> None:
+    world.site.trouble = lambda call, job_id: SiteUnavailable("reset") if call == "submit" else None
+    (task,) = await world.add()
+    await world.step()
+    assert world.site.jobs == {}
+    world.site.trouble = lambda call, job_id: None
+    for _ in range(5):
+        await world.step(1)
+    assert list(world.site.jobs) == [f"{task.id}-1"]
+    assert set(world.site.submits) == {f"{task.id}-1"}
+
+
+@on()
+async def test_killed_between_the_note_and_the_submit(world: World) -> None:
+    (task,) = await world.add()
+    (taken,) = await world.store.take_due(queued=True, now=world.now, lease=30, limit=1)
+    assert await world.store.apply(task.id, lifecycle.assign(taken, "a", world.now, POLICY))  # type: ignore[arg-type]
+    world.restart()
+    await world.step(15)
+    assert world.site.submits == {}, "another process may be about to submit"
+    await world.step(16)
+    await world.step(0)
+    assert world.site.submits == {f"{task.id}-1": 1}
+    world.site.job().end()
+    assert (await world.until_final(task)).state is S.COMPLETE
+
+
+@on()
+async def test_killed_between_the_take_and_the_note(world: World) -> None:
+    (task,) = await world.add()
+    await world.store.take_due(queued=True, now=world.now, lease=30, limit=1)
+    world.restart()
+    await world.step(31)
+    assert world.site.submits == {}
+    await world.step()
+    assert world.site.submits == {f"{task.id}-1": 1}
+
+
+@on()
+async def test_killed_between_the_submit_and_its_note(world: World) -> None:
+    world.site.gate = asyncio.Event()
+    (task,) = await world.add()
+    await world.dispatcher.tick()
+    old = world.dispatcher
+    world.restart()
+    world.site.gate.set()
+    await old.drain()
+    await world.step(31)
+    await world.step(0)
+    assert list(world.site.jobs) == [f"{task.id}-1"]
+    assert world.site.submits[f"{task.id}-1"] == 1
+
+
+@on()
+async def test_a_process_that_slept_through_its_lease_does_not_submit(world: World) -> None:
+    (task,) = await world.add()
+    (taken,) = await world.store.take_due(queued=True, now=world.now, lease=30, limit=1)
+    assigned = await world.store.apply(task.id, lifecycle.assign(taken, "a", world.now, POLICY))  # type: ignore[arg-type]
+    assert assigned is not None
+    world.now += 29
+    await world.dispatcher.submit(assigned)
+    assert world.site.submits == {}
+
+
+@on(SiteFacts(name="a", max_jobs=5))
+async def test_two_pairs_share_the_work(world: World) -> None:
+    """A second pair takes over mid-way, both go on: nothing is submitted twice."""
+    tasks = await world.add(20)
+    await world.step(1)
+    first = (world.dispatcher, world.poller)
+    world.restart()
+    for _ in range(30):
+        ticks = [first[0].tick(), world.dispatcher.tick(), first[1].tick(), world.poller.tick()]
+        await asyncio.gather(*ticks)
+        for each in (*first, world.dispatcher, world.poller):
+            await each.drain()
+        for running in world.site.active:
+            running.end()
+        world.now += 6
+    assert {await world.state(task) for task in tasks} == {S.COMPLETE}
+    assert set(world.site.submits.values()) == {1}
+    assert len(world.site.submits) == 20
+
+
+# Cancel
+
+
+@on()
+async def test_cancel_of_a_queued_task(world: World) -> None:
+    (task,) = await world.add()
+    await world.cancel(task)
+    await world.step(100)
+    assert await world.state(task) is S.CANCELED
+    assert world.site.calls == []
+
+
+@on()
+async def test_cancel_of_a_running_job(world: World) -> None:
+    (task,) = await world.add()
+    await world.step()
+    world.site.job().run()
+    await world.step()
+    await world.cancel(task)
+    await world.step()
+    assert await world.state(task) is S.CANCELING
+    assert (world.site.job().asked_to_stop, world.site.job().killed) == (True, False)
+    world.site.job().end("CANCELED")
+    await world.step()
+    assert await world.state(task) is S.CANCELED
+    await world.step()
+    assert world.site.forgotten == [f"{task.id}-1"]
+
+
+@on()
+async def test_a_job_that_does_not_heed_the_cancel_is_killed(world: World) -> None:
+    (task,) = await world.add()
+    await world.step()
+    world.site.job().run()
+    await world.cancel(task)
+    done = await world.until_final(task, step=1)
+    assert done.state is S.CANCELED
+    assert 10 < world.now - NOW < 30
+    assert "kill" in [call for call, _ in world.site.calls]
+
+
+@on()
+async def test_cancel_during_the_submit(world: World) -> None:
+    """The job arrives after the cancel: it is stopped, and CANCELED is not claimed before."""
+    world.site.gate = asyncio.Event()
+    (task,) = await world.add()
+    await world.dispatcher.tick()
+    await asyncio.sleep(0)
+    await world.cancel(task)
+    await world.poller.tick()
+    await world.poller.drain()
+    assert await world.state(task) is S.CANCELING
+    world.site.gate.set()
+    await world.dispatcher.drain()
+    arrived = world.site.job()
+    arrived.run()
+    assert (await world.until_final(task, step=1)).state is S.CANCELED
+    assert arrived.killed
+    assert world.site.submits == {f"{task.id}-1": 1}
+
+
+@on()
+async def test_cancel_between_the_note_and_a_submit_that_never_comes(world: World) -> None:
+    (task,) = await world.add()
+    (taken,) = await world.store.take_due(queued=True, now=world.now, lease=30, limit=1)
+    await world.store.apply(task.id, lifecycle.assign(taken, "a", world.now, POLICY))  # type: ignore[arg-type]
+    world.restart()
+    await world.cancel(task)
+    assert (await world.until_final(task, step=1)).state is S.CANCELED
+    assert world.site.submits == {}
+
+
+@on()
+async def test_cancel_of_what_the_site_refuses(world: World) -> None:
+    world.site.gate = asyncio.Event()
+    world.site.trouble = lambda call, job_id: SiteRefused("No such image.") if call == "submit" else None
+    (task,) = await world.add()
+    await world.dispatcher.tick()
+    await world.cancel(task)
+    world.site.gate.set()
+    await world.dispatcher.drain()
+    assert await world.state(task) is S.CANCELED
+
+
+@on()
+async def test_cancel_after_the_end(world: World) -> None:
+    (task,) = await world.add()
+    await world.step()
+    world.site.job().end()
+    await world.step()
+    await world.cancel(task)
+    assert await world.state(task) is S.COMPLETE
+
+
+@on()
+async def test_a_cancel_that_no_site_hears_is_not_called_canceled(world: World) -> None:
+    (task,) = await world.add()
+    await world.step()
+    world.site.job().run()
+    await world.step()
+    world.site.trouble = down
+    await world.cancel(task)
+    assert (await world.until_final(task)).state is S.SYSTEM_ERROR
+
+
+@on()
+async def test_a_cancel_that_hangs_holds_up_nobody(world: World) -> None:
+    (stuck,) = await world.add()
+    (other,) = await world.add()
+    await world.step()
+    hanging = asyncio.Event()
+
+    class Hanging(SiteDouble):
+        async def cancel(self, job_id: str, *, force: bool = False) -> None:
+            await hanging.wait()
+
+    site = Hanging(world.site.facts)
+    site.jobs = world.site.jobs
+    world.sites["a"] = site
+    world.restart()
+    site.jobs[f"{other.id}-1"].end()
+    await world.cancel(stuck)
+    world.now += 5
+    await world.poller.tick()
+    async with asyncio.timeout(5):
+        while await world.state(other) is not S.COMPLETE:
+            await asyncio.sleep(0)
+    hanging.set()
+    await world.poller.drain()
+
+
+# Trouble
+
+
+@on()
+async def test_observing_fails_for_a_while(world: World) -> None:
+    (task,) = await world.add()
+    await world.step()
+    world.site.trouble = lambda call, job_id: SiteUnavailable("500") if call == "observe" else None
+    for _ in range(10):
+        await world.step(5)
+    assert await world.state(task) is S.INITIALIZING
+    world.site.trouble = lambda call, job_id: None
+    world.site.job().end()
+    assert (await world.until_final(task)).state is S.COMPLETE
+
+
+@on()
+async def test_forget_is_repeated_until_it_works(world: World) -> None:
+    world.site.trouble = lambda call, job_id: SiteUnavailable("no") if call == "forget" else None
+    (task,) = await world.add()
+    await world.step()
+    world.site.job().end()
+    for _ in range(5):
+        await world.step(2)
+    assert (await world.get(task)).due_at is not None
+    world.site.trouble = lambda call, job_id: None
+    for _ in range(5):
+        await world.step(700)
+    assert world.site.forgotten == [f"{task.id}-1"]
+    assert (await world.get(task)).due_at is None
+
+
+@pytest.mark.parametrize(
+    ("code", "started", "attempts"),
+    [(2, False, 2), (76, False, 2), (1, False, 2), (1, True, 1), (137, False, 1), (0, False, 1)],
+)
+def test_only_what_never_started_is_tried_again(code: int, started: bool, attempts: int) -> None:
+    @on()
+    async def main(world: World) -> None:
+        (task,) = await world.add()
+        await world.step()
+        if started:
+            world.site.job().run()
+            await world.step()
+        world.site.job().exit(code)
+        for _ in range(6):
+            await world.step(5)
+        found = await world.get(task)
+        assert [each.number for each in found.attempts] == list(range(1, attempts + 1))
+        assert set(world.site.submits) == {each.job_id for each in found.attempts}
+        if attempts == 2:
+            world.site.jobs[f"{task.id}-2"].end()
+            assert (await world.until_final(task)).state is S.COMPLETE
+            for _ in range(3):
+                await world.step(1)
+            assert sorted(set(world.site.forgotten)) == [f"{task.id}-1", f"{task.id}-2"]
+        else:
+            assert found.state is S.SYSTEM_ERROR
+
+    main()
+
+
+@pytest.mark.parametrize("call", ["submit", "observe", "cancel", "forget"])
+def test_a_bug_about_one_task_does_not_stop_the_others(call: str, caplog: pytest.LogCaptureFixture) -> None:
+    @on()
+    async def main(world: World) -> None:
+        tasks = await world.add(5)
+        poisoned = f"{tasks[2].id}-1"
+        world.site.trouble = lambda at, job_id: KeyError("oops") if (at, job_id) == (call, poisoned) else None
+        await world.step(1)
+        for each in world.site.jobs.values():
+            each.run()
+        await world.step(1)
+        if call == "cancel":
+            for task in tasks:
+                await world.cancel(task)
+            await world.step(1)
+        for each in world.site.jobs.values():
+            each.end()
+        for _ in range(4):
+            await world.step(6)
+        states = [await world.state(task) for task in tasks]
+        end = S.CANCELED if call == "cancel" else S.COMPLETE
+        assert [state for task, state in zip(tasks, states, strict=True) if task is not tasks[2]] == [end] * 4
+        if call in ("submit", "observe"):
+            assert (await world.until_final(tasks[2])).state is S.SYSTEM_ERROR, "patience ends it"
+            assert "KeyError" in await world.lines(tasks[2])
+
+    main()
+    assert "KeyError" in caplog.text
+
+
+@on()
+async def test_a_site_that_is_configured_no_more(world: World) -> None:
+    (task,) = await world.add()
+    await world.step()
+    world.sites = {"b": SiteDouble(SiteFacts(name="b"))}
+    world.restart()
+    await world.step(40)
+    await world.step(1)
+    assert await world.state(task) is S.SYSTEM_ERROR
+    assert "not configured any more" in await world.lines(task)
+
+
+@on()
+async def test_pushed_observations(world: World) -> None:
+    (task,) = await world.add()
+    await world.step()
+    its = world.site.job()
+    for job_id in ("", "x", "x-y", f"{task.id}-2", "0" * 26 + "-1", f"{task.id}-99999999999999999999", "é-1"):
+        await world.poller.note(Observation(job_id=job_id, phase=Phase.ENDED, exit_code=1))
+    assert await world.state(task) is S.INITIALIZING
+    its.end()
+    await world.poller.note(its.seen())
+    assert await world.state(task) is S.COMPLETE
+    await world.poller.note(Observation(job_id=f"{task.id}-1", phase=Phase.UNKNOWN))
+    assert await world.state(task) is S.COMPLETE
+
+
+def test_a_push_while_the_store_is_away_is_dropped() -> None:
+    async def main() -> None:
+        async with SqliteStore(":memory:") as store:
+            world = World(store)
+        await world.poller.note(Observation(job_id="0" * 26 + "-1", phase=Phase.ENDED))
+
+    asyncio.run(main())
+
+
+# The loop
+
+
+class Ticker:
+    """Counts its ticks; each does the next of what it was given."""
+
+    name = "test"
+
+    def __init__(self, *steps: int | BaseException) -> None:
+        self.steps = list(steps)
+        self.ticks = 0
+        self.ticked = asyncio.Event()
+
+    async def tick(self) -> int:
+        self.ticks += 1
+        self.ticked.set()
+        step = self.steps.pop(0) if self.steps else 0
+        if isinstance(step, BaseException):
+            raise step
+        return step
+
+    def wakes_on(self) -> Ring:
+        return Ring.QUEUED
+
+    async def next_due(self) -> float | None:
+        return None
+
+    async def reach(self, count: int) -> None:
+        async with asyncio.timeout(5):
+            while self.ticks < count:
+                self.ticked.clear()
+                await self.ticked.wait()
+
+
+def looped(*steps: int | BaseException) -> Callable[[Callable[[Ticker, Bell], Awaitable[None]]], Callable[[], None]]:
+    def decorate(test: Callable[[Ticker, Bell], Awaitable[None]]) -> Callable[[], None]:
+        def run() -> None:
+            async def main() -> None:
+                ticker, bell = Ticker(*steps), Bell()
+                running = asyncio.create_task(loop.run(ticker, bell))
+                try:
+                    await test(ticker, bell)
+                    assert not running.done()
+                finally:
+                    running.cancel()
+                    await asyncio.gather(running, return_exceptions=True)
+
+            asyncio.run(main())
+
+        run.__name__, run.__doc__ = test.__name__, test.__doc__
+        return run
+
+    return decorate
+
+
+@looped()
+async def test_the_loop_wakes_on_the_bell_at_once(ticker: Ticker, bell: Bell) -> None:
+    await ticker.reach(1)
+    clock = asyncio.get_running_loop().time
+    begun = clock()
+    for count in range(2, 30):
+        for _ in range(5):  # let it fall asleep
+            await asyncio.sleep(0)
+        bell.ring(Ring.QUEUED)
+        await ticker.reach(count)
+    assert clock() - begun < loop.LONGEST_WAIT
+
+
+@looped()
+async def test_the_loop_sleeps_through_what_does_not_concern_it(ticker: Ticker, bell: Bell) -> None:
+    await ticker.reach(1)
+    for _ in range(20):
+        bell.ring(Ring.OPEN)
+        await asyncio.sleep(0)
+    assert ticker.ticks == 1
+
+
+@looped(3, 2, 1, 0)
+async def test_the_loop_goes_on_while_there_is_work(ticker: Ticker, bell: Bell) -> None:
+    await ticker.reach(4)
+
+
+@looped(StoreUnavailable("away"), ValueError("bug"), 0)
+async def test_the_loop_survives_errors(ticker: Ticker, bell: Bell) -> None:
+    await ticker.reach(3)
+
+
+def test_the_loop_backs_off() -> None:
+    pauses = [loop._backoff(failures) for failures in range(1, 12)]
+    assert pauses == sorted(pauses)
+    assert (pauses[0], pauses[-1]) == (0.2, 10.0)

@@ -1,0 +1,605 @@
+"""The state machine: every step, every race that can be told with plain values and a hand clock."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tesp_api import lifecycle
+from tesp_api.lifecycle import KEEP, NO_PYTHON, TRANSITIONS, Change, Policy
+from tesp_api.runner import job
+from tesp_api.task import ACTIVE, FINAL, Attempt, Observation, Phase, Task, job_id, put_attempt
+from tesp_api.tes import TesState
+from tests.builders import NOW, make_attempt, make_task
+
+S = TesState
+POLICY = Policy(lease=30, patience=300, poll_interval=5, cancel_grace=10, max_attempts=3)
+
+
+def applied(task: Task, change: Change | None) -> Task:
+    """What the store makes of a change."""
+    assert change is not None
+    assert change.version == task.version
+    return replace(
+        task,
+        version=task.version + 1,
+        state=change.state or task.state,
+        due_at=task.due_at if change.due_at is KEEP else change.due_at,  # type: ignore[arg-type]
+        attempts=put_attempt(task.attempts, change.attempt) if change.attempt else task.attempts,
+    )
+
+
+def task_in(state: S, **attempt: Any) -> Task:
+    """A task in a state, with one attempt if such a task has one."""
+    task = make_task(record={"state": state})
+    if state is S.QUEUED and not attempt:
+        return task
+    values = {"assigned": NOW, "heard": NOW, "submitted": NOW, **attempt}
+    return replace(task, attempts=(make_attempt(task.id, **values),))
+
+
+def seen(task: Task, phase: Phase = Phase.RUNNING, *, beat: int | None = None, **fields: Any) -> Observation:
+    assert task.attempt is not None
+    if beat is not None:
+        fields["progress"] = job.Progress(
+            task.attempt.job_id, "running", beat=beat, started=fields.pop("started", None)
+        )
+    return Observation(job_id=task.attempt.job_id, phase=phase, **fields)
+
+
+def result(task: Task, state: str = "COMPLETE", **fields: Any) -> Observation:
+    assert task.attempt is not None
+    times = {"start_time": "2026-01-31T12:00:00.000000Z", "end_time": "2026-01-31T12:00:05.000000Z"}
+    made = job.Result(job_id=task.attempt.job_id, state=state, **{**times, **fields})
+    return Observation(job_id=task.attempt.job_id, phase=Phase.ENDED, result=made)
+
+
+def last(task: Task) -> Attempt:
+    assert task.attempt is not None
+    return task.attempt
+
+
+# The table
+
+ALLOWED = {
+    (S.QUEUED, S.INITIALIZING),
+    (S.QUEUED, S.CANCELED),
+    (S.QUEUED, S.SYSTEM_ERROR),
+    (S.INITIALIZING, S.RUNNING),
+    (S.INITIALIZING, S.QUEUED),
+    (S.INITIALIZING, S.COMPLETE),
+    (S.INITIALIZING, S.EXECUTOR_ERROR),
+    (S.INITIALIZING, S.SYSTEM_ERROR),
+    (S.INITIALIZING, S.CANCELING),
+    (S.RUNNING, S.QUEUED),
+    (S.RUNNING, S.COMPLETE),
+    (S.RUNNING, S.EXECUTOR_ERROR),
+    (S.RUNNING, S.SYSTEM_ERROR),
+    (S.RUNNING, S.CANCELING),
+    (S.CANCELING, S.CANCELED),
+    (S.CANCELING, S.SYSTEM_ERROR),
+}
+
+
+@pytest.mark.parametrize("before", S)
+@pytest.mark.parametrize("after", S)
+def test_every_pair_of_states(before: S, after: S) -> None:
+    assert (after in TRANSITIONS.get(before, ())) == ((before, after) in ALLOWED)
+    task = task_in(before)
+    if (before, after) in ALLOWED or before is after:
+        assert lifecycle._change(task, after).state is after
+    else:
+        with pytest.raises(AssertionError, match="is no step"):
+            lifecycle._change(task, after)
+
+
+@pytest.mark.parametrize("state", FINAL)
+def test_nothing_moves_a_final_task(state: S) -> None:
+    task = task_in(state, ended=NOW)
+    number = last(task).number
+    for change in (
+        lifecycle.assign(task, "x", NOW, POLICY),
+        lifecycle.confirmed(task, number, NOW, POLICY),
+        lifecycle.refused(task, number, NOW, "no"),
+        lifecycle.observed(task, result(task), NOW, POLICY),
+        lifecycle.observed(task, seen(task, Phase.UNKNOWN), NOW + 1e6, POLICY),
+        lifecycle.cancel(task, NOW),
+        lifecycle.asked_to_stop(task, NOW),
+        lifecycle.never_stopped(task, NOW + 1e6, POLICY),
+    ):
+        assert change is None
+    assert lifecycle.must_stop(task, NOW, POLICY) is None
+
+
+# The way forward
+
+
+@pytest.mark.parametrize("state", set(S) - {S.QUEUED})
+def test_only_queued_tasks_are_assigned(state: S) -> None:
+    assert lifecycle.assign(task_in(state), "x", NOW, POLICY) is None
+
+
+def test_assign_notes_the_job_id_before_any_submit() -> None:
+    task = applied(task := make_task(), lifecycle.assign(task, "x", NOW, POLICY))
+    attempt = last(task)
+    assert (task.state, task.due_at) == (S.INITIALIZING, NOW + 30)
+    assert (attempt.number, attempt.job_id, attempt.site, attempt.submitted) == (1, f"{task.id}-1", "x", None)
+    assert attempt.log.start_time
+    assert attempt.log.metadata == {"site": "x"}
+
+
+def test_confirmed_once_and_only_the_current_attempt() -> None:
+    task = task_in(S.INITIALIZING, submitted=None)
+    assert lifecycle.confirmed(task, 2, NOW, POLICY) is None
+    task = applied(task, lifecycle.confirmed(task, 1, NOW + 1, POLICY))
+    assert (last(task).submitted, task.due_at) == (NOW + 1, pytest.approx(NOW + 1 + POLICY.first_look))
+    assert lifecycle.confirmed(task, 1, NOW, POLICY) is None
+    assert lifecycle.confirmed(task_in(S.QUEUED, submitted=None, ended=NOW), 1, NOW, POLICY) is None
+
+
+def test_running_begins_with_the_first_executor() -> None:
+    task = task_in(S.INITIALIZING)
+    staging = applied(task, lifecycle.observed(task, seen(task, beat=1), NOW + 1, POLICY))
+    assert staging.state is S.INITIALIZING
+    running = applied(staging, lifecycle.observed(staging, seen(staging, beat=2, started="t"), NOW + 2, POLICY))
+    assert running.state is S.RUNNING
+    again = applied(running, lifecycle.observed(running, seen(running, beat=3), NOW + 3, POLICY))
+    assert again.state is S.RUNNING, "never back"
+
+
+@pytest.mark.parametrize("state", ["COMPLETE", "EXECUTOR_ERROR", "SYSTEM_ERROR"])
+@pytest.mark.parametrize("before", [S.INITIALIZING, S.RUNNING])
+def test_the_result_is_the_truth(before: S, state: str) -> None:
+    task = task_in(before)
+    executor = job.ExecutorResult(3, "a", "b", "out", "")
+    output = job.OutputFile("s3://x", "/x", 5)
+    change = lifecycle.observed(
+        task,
+        result(task, state, executors=[executor], outputs=[output], system_logs=["l"], metadata={"runtime": "docker"}),
+        NOW,
+        POLICY,
+    )
+    done = applied(task, change)
+    assert change is not None
+    assert (done.state, done.due_at) == (S(state), NOW)
+    assert change.streams == {(1, 0, "stdout"): "out"}
+    assert (change.system, change.system_of) == (("l",), 1)
+    log = last(done).log
+    assert (log.logs[0].exit_code, log.outputs[0].size_bytes, log.end_time) == (3, 5, "2026-01-31T12:00:05.000000Z")
+    assert (log.metadata or {})["runtime"] == "docker"
+    assert not last(done).abandoned
+
+
+def test_a_stop_that_nobody_wished_is_an_error() -> None:
+    task = task_in(S.RUNNING)
+    change = lifecycle.observed(task, result(task, "CANCELED"), NOW, POLICY)
+    assert applied(task, change).state is S.SYSTEM_ERROR
+    assert change is not None
+    assert "not by a cancel" in change.system[-1]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"state": "DONE"},
+        {"state": None},
+        {"state": []},
+        {"executors": None},
+        {"executors": [job.ExecutorResult(None, "", "")]},  # type: ignore[arg-type]
+        {"executors": [job.ExecutorResult("x", "", "")]},  # type: ignore[arg-type]
+        {"executors": [3]},
+        {"outputs": [job.OutputFile("u", "p", -1)]},
+        {"outputs": [job.OutputFile("u", "p", float("inf"))]},  # type: ignore[arg-type]
+        {"outputs": [job.OutputFile("u", None, 1)]},  # type: ignore[arg-type]
+        {"outputs": {"a": 1}},
+        {"metadata": ["a"]},
+        {"metadata": None},
+        {"system_logs": 5},
+        {"end_time": 7},
+    ],
+)
+@pytest.mark.parametrize("before", [S.RUNNING, S.CANCELING])
+def test_garbage_in_a_result_ends_the_task_and_says_so(before: S, fields: dict[str, Any]) -> None:
+    task = task_in(before, cancel_sent=NOW if before is S.CANCELING else None)
+    change = lifecycle.observed(task, result(task, **fields), NOW, POLICY)
+    assert change is not None
+    assert change.state is S.SYSTEM_ERROR
+    assert "cannot be read" in change.system[0] or "stopped at the site" in change.system[-1]
+    assert "\n" not in change.system[0]
+
+
+def test_lone_surrogates_from_a_node_can_be_stored() -> None:
+    task = task_in(S.RUNNING)
+    bad = "a\udcffb"
+    change = lifecycle.observed(
+        task,
+        result(
+            task,
+            executors=[job.ExecutorResult(0, "s", "e", bad, bad)],
+            outputs=[job.OutputFile(bad, bad, 1)],
+            system_logs=[bad],
+            metadata={bad: bad},
+        ),
+        NOW,
+        POLICY,
+    )
+    assert change is not None
+    assert change.state is S.COMPLETE
+    assert change.attempt is not None
+    texts = [*change.streams.values(), *change.system, change.attempt.log.outputs[0].path]
+    assert texts == ["a?b"] * 4
+    change = lifecycle.silent(task_in(S.RUNNING), NOW, bad, POLICY)
+    assert change.system == ("a?b",)
+
+
+# Races
+
+
+@pytest.mark.parametrize("state", ACTIVE)
+def test_an_observation_of_an_old_attempt_is_ignored(state: S) -> None:
+    task = task_in(state)
+    old = result(task)
+    task = replace(task, attempts=(*task.attempts, make_attempt(task.id, 2)))
+    assert lifecycle.observed(task, old, NOW, POLICY) is None
+    assert lifecycle.observed(task, replace(old, result=None), NOW + 1e6, POLICY) is None
+    assert lifecycle.refused(task, 1, NOW, "no") is None
+    assert lifecycle.confirmed(task, 1, NOW, POLICY) is None
+
+
+def test_lost_then_running_then_a_result() -> None:
+    """A false `lost` starts the grace; what runs again has not ended, and its end has the whole grace."""
+    task = task_in(S.RUNNING, beat=5)
+    task = applied(task, lifecycle.observed(task, seen(task, Phase.UNKNOWN), NOW + 10, POLICY))
+    assert (task.state, last(task).ended) == (S.RUNNING, NOW + 10)
+    task = applied(task, lifecycle.observed(task, seen(task, Phase.RUNNING), NOW + 12, POLICY))
+    assert last(task).ended is None
+    task = applied(task, lifecycle.observed(task, seen(task, Phase.ENDED), NOW + 100, POLICY))
+    assert task.state is S.RUNNING, "the result may be a moment away"
+    task = applied(task, lifecycle.observed(task, result(task), NOW + 101, POLICY))
+    assert task.state is S.COMPLETE
+
+
+def test_a_site_that_forgets() -> None:
+    task = task_in(S.RUNNING, beat=5)
+    task = applied(task, lifecycle.observed(task, seen(task, Phase.UNKNOWN), NOW + 1, POLICY))
+    change = lifecycle.observed(task, seen(task, Phase.UNKNOWN), NOW + 11.5, POLICY)
+    assert change is not None
+    assert change.state is S.SYSTEM_ERROR
+    assert "does not know the job" in change.system[0]
+    assert change.attempt is not None
+    assert change.attempt.abandoned, "it may still run there"
+
+
+def test_a_job_that_ends_without_a_result_is_never_a_success() -> None:
+    task = task_in(S.RUNNING, beat=5)
+    for code in (0, None, 137, -9):
+        first = applied(task, lifecycle.observed(task, seen(task, Phase.ENDED, exit_code=code), NOW + 1, POLICY))
+        change = lifecycle.observed(first, seen(first, Phase.ENDED, exit_code=code), NOW + 12, POLICY)
+        assert change is not None
+        assert change.state is S.SYSTEM_ERROR
+        assert "without a result" in change.system[0]
+
+
+def test_a_duplicate_start_says_nothing_but_does_not_wait_for_ever() -> None:
+    task = task_in(S.INITIALIZING)
+    observation = seen(task, Phase.ENDED, exit_code=job.EXIT_DUPLICATE)
+    task = applied(task, lifecycle.observed(task, observation, NOW + 1, POLICY))
+    assert task.state is S.INITIALIZING
+    change = lifecycle.observed(task, observation, NOW + 302, POLICY)
+    assert change is not None
+    assert change.state is S.SYSTEM_ERROR
+
+
+@pytest.mark.parametrize("code", sorted(lifecycle.NEVER_STARTED))
+def test_a_runner_that_could_not_start_is_tried_again(code: int) -> None:
+    task = task_in(S.INITIALIZING)
+    jobs = [last(task).job_id]
+    for number in (2, 3):
+        change = lifecycle.observed(task, seen(task, Phase.ENDED, exit_code=code), NOW, POLICY)
+        task = applied(task, change)
+        assert (task.state, task.due_at) == (S.QUEUED, NOW)
+        assert change is not None
+        assert str(code) in change.system[0]
+        task = applied(task, lifecycle.assign(task, "x", NOW, POLICY))
+        assert last(task).number == number
+        jobs.append(last(task).job_id)
+    assert len(set(jobs)) == 3
+    task = applied(task, lifecycle.observed(task, seen(task, Phase.ENDED, exit_code=code), NOW, POLICY))
+    assert task.state is S.SYSTEM_ERROR
+    assert [each.number for each in lifecycle.unforgotten(task)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("code", sorted(lifecycle.NEVER_STARTED))
+def test_what_has_started_is_never_tried_again(code: int) -> None:
+    running = task_in(S.RUNNING)
+    change = lifecycle.observed(running, seen(running, Phase.ENDED, exit_code=code), NOW, POLICY)
+    assert change is not None
+    assert change.state is None
+    fresh = task_in(S.INITIALIZING)
+    change = lifecycle.observed(fresh, seen(fresh, Phase.ENDED, exit_code=code, beat=3, started="t"), NOW, POLICY)
+    assert change is not None
+    assert change.state is None
+
+
+@pytest.mark.parametrize("code", sorted(NO_PYTHON))
+def test_no_python_is_no_use_trying(code: int) -> None:
+    for state, end in ((S.INITIALIZING, S.SYSTEM_ERROR), (S.CANCELING, S.CANCELED)):
+        task = task_in(state)
+        change = lifecycle.observed(task, seen(task, Phase.ENDED, exit_code=code), NOW, POLICY)
+        assert change is not None
+        assert change.state is end
+        assert "python3" in change.system[0]
+
+
+def test_refused() -> None:
+    for state, end in ((S.INITIALIZING, S.SYSTEM_ERROR), (S.CANCELING, S.CANCELED)):
+        change = lifecycle.refused(task_in(state, submitted=None), 1, NOW, "The site says no.")
+        assert change is not None
+        assert (change.state, change.system) == (end, ("The site says no.",))
+    assert lifecycle.refused(task_in(S.QUEUED, ended=NOW), 1, NOW, "late") is None
+
+
+def test_a_site_that_cannot_tell_does_not_confirm_a_submit() -> None:
+    """Else a lost submit would never be repeated."""
+    task = task_in(S.INITIALIZING, submitted=None)
+    task = applied(task, lifecycle.observed(task, seen(task, Phase.RUNNING), NOW + 1, POLICY))
+    assert last(task).submitted is None
+    for observation in (seen(task, Phase.WAITING), seen(task, Phase.RUNNING, beat=0), seen(task, Phase.ENDED)):
+        assert last(applied(task, lifecycle.observed(task, observation, NOW + 1, POLICY))).submitted == NOW + 1
+
+
+def test_the_clock_goes_back() -> None:
+    """An hour back; the task must not wait that hour."""
+    task = task_in(S.RUNNING, beat=5, ended=NOW + 3600, heard=NOW + 3600)
+    task = applied(task, lifecycle.observed(task, seen(task, Phase.ENDED), NOW, POLICY))
+    assert task.due_at is not None
+    assert NOW < task.due_at <= NOW + 1
+    task = applied(task, lifecycle.observed(task, seen(task, Phase.ENDED), NOW + 11, POLICY))
+    assert task.state is S.SYSTEM_ERROR
+    assert lifecycle.next_look(make_attempt("t", submitted=NOW + 99), NOW, POLICY) > NOW
+
+
+# Silence
+
+
+def test_silence_is_noted_once_and_ends_with_patience() -> None:
+    task = task_in(S.RUNNING)
+    lines = []
+    now = NOW
+    while task.state is S.RUNNING:
+        change = lifecycle.silent(task, now, "connection refused", POLICY)
+        lines += change.system
+        task = applied(task, change)
+        assert task.due_at is not None
+        assert now <= task.due_at <= now + POLICY.poll_interval
+        now = max(task.due_at, now + 0.1)
+    assert task.state is S.SYSTEM_ERROR
+    assert 300 < now - NOW < 310
+    assert len(lines) == 2
+    assert "silent for" in lines[1]
+
+
+def test_no_sign_of_life_ends_with_patience() -> None:
+    task = task_in(S.RUNNING, beat=4)
+    alive = applied(task, lifecycle.observed(task, seen(task, beat=5), NOW + 299, POLICY))
+    assert last(alive).heard == NOW + 299
+    still = applied(alive, lifecycle.observed(alive, seen(alive, beat=5), NOW + 598, POLICY))
+    assert still.state is S.RUNNING
+    gone = applied(still, lifecycle.observed(still, seen(still, beat=5), NOW + 600, POLICY))
+    assert gone.state is S.SYSTEM_ERROR
+    waiting = task_in(S.INITIALIZING)
+    assert applied(waiting, lifecycle.observed(waiting, seen(waiting, Phase.WAITING), NOW + 1e6, POLICY)).state is (
+        S.INITIALIZING
+    ), "a queue may be long"
+
+
+def test_looks_are_quick_at_first_and_slow_later() -> None:
+    pauses = [
+        lifecycle.next_look(make_attempt("t", submitted=NOW), NOW + age, POLICY) - NOW - age for age in (0, 1, 10, 1e5)
+    ]
+    assert pauses == pytest.approx([0.5 * POLICY.first_look, 0.1, 1.0, 5.0], abs=1e-3)
+
+
+# Cancel
+
+
+def test_cancel() -> None:
+    queued = applied(task := make_task(), lifecycle.cancel(task, NOW))
+    assert (queued.state, queued.due_at) == (S.CANCELED, None)
+    retried = task_in(S.QUEUED, ended=NOW)
+    assert applied(retried, lifecycle.cancel(retried, NOW)).due_at == NOW, "the first attempt is cleaned up"
+    for state in (S.INITIALIZING, S.RUNNING):
+        task = task_in(state)
+        task = applied(task, lifecycle.cancel(task, NOW + 1))
+        assert (task.state, task.due_at) == (S.CANCELING, NOW + 1)
+        assert lifecycle.cancel(task, NOW) is None
+
+
+def test_a_cancel_is_gentle_then_firm_then_given_up() -> None:
+    task = task_in(S.CANCELING, heard=NOW)
+    assert lifecycle.must_stop(task, NOW, POLICY) is False
+    assert lifecycle.never_stopped(task, NOW + 1e6, POLICY) is None, "not asked yet"
+    task = applied(task, lifecycle.asked_to_stop(task, NOW))
+    assert lifecycle.must_stop(task, NOW + 9, POLICY) is None
+    assert lifecycle.must_stop(task, NOW + 10.1, POLICY) is True
+    task = applied(task, lifecycle.asked_to_stop(task, NOW + 10.1))
+    assert lifecycle.must_stop(task, NOW + 11, POLICY) is None
+    assert lifecycle.must_stop(task, NOW + 20.1, POLICY) is True
+    assert lifecycle.never_stopped(task, NOW + 299, POLICY) is None
+    change = lifecycle.never_stopped(task, NOW + 301, POLICY)
+    assert change is not None
+    assert change.state is S.SYSTEM_ERROR
+    assert "not confirmed the cancel" in change.system[0]
+
+
+@pytest.mark.parametrize("state", ["COMPLETE", "EXECUTOR_ERROR", "SYSTEM_ERROR", "CANCELED"])
+def test_whatever_the_result_a_cancelled_task_is_canceled(state: str) -> None:
+    task = task_in(S.CANCELING, cancel_sent=NOW)
+    change = lifecycle.observed(task, result(task, state, executors=[job.ExecutorResult(0, "a", "b")]), NOW, POLICY)
+    done = applied(task, change)
+    assert done.state is S.CANCELED
+    assert len(last(done).log.logs) == 1
+
+
+def test_canceled_only_when_nothing_is_left() -> None:
+    task = task_in(S.CANCELING, cancel_sent=NOW, beat=3)
+    for observation in (seen(task, Phase.WAITING), seen(task, beat=4), seen(task), seen(task, Phase.ENDED)):
+        change = lifecycle.observed(task, observation, NOW + 1, POLICY)
+        assert change is not None
+        assert change.state is None
+    over = applied(task, lifecycle.observed(task, seen(task, Phase.ENDED), NOW + 1, POLICY))
+    over = applied(over, lifecycle.observed(over, seen(over, Phase.ENDED), NOW + 12, POLICY))
+    assert over.state is S.CANCELED
+
+
+def test_a_cancel_during_the_submit_waits_for_the_submit() -> None:
+    """The site does not know the job yet, but until the lease is over it may still arrive."""
+    task = task_in(S.CANCELING, submitted=None)
+    for after in (0.1, 12, 29):
+        task = applied(task, lifecycle.observed(task, seen(task, Phase.UNKNOWN), NOW + after, POLICY))
+        assert task.state is S.CANCELING
+    arrived = applied(task, lifecycle.observed(task, seen(task, Phase.WAITING), NOW + 29.5, POLICY))
+    assert (arrived.state, last(arrived).ended) == (S.CANCELING, None)
+    never = applied(task, lifecycle.observed(task, seen(task, Phase.UNKNOWN), NOW + 31, POLICY))
+    assert never.state is S.CANCELED
+
+
+# After the end
+
+
+def test_clean_up_goes_on_until_all_is_forgotten() -> None:
+    task = task_in(S.CANCELED, ended=NOW)
+    task = replace(task, attempts=(*task.attempts, make_attempt(task.id, 2, ended=NOW, forgotten=False)))
+    none = applied(task, lifecycle.forgotten(task, frozenset(), NOW, POLICY))
+    assert none.due_at is not None
+    assert none.due_at > NOW
+    one = applied(task, lifecycle.forgotten(task, frozenset({2}), NOW, POLICY))
+    assert [each.number for each in lifecycle.unforgotten(one)] == [1]
+    assert one.due_at == NOW
+    both = applied(task, lifecycle.forgotten(task, frozenset({1, 2}), NOW, POLICY))
+    both = applied(both, lifecycle.forgotten(both, frozenset({1, 2}), NOW, POLICY))
+    assert (lifecycle.unforgotten(both), both.due_at) == ((), None)
+    late = applied(task, lifecycle.forgotten(task, frozenset(), NOW + lifecycle.CLEAN_UP_FOR + 1, POLICY))
+    assert late.due_at is None
+    assert lifecycle.forgotten(task_in(S.RUNNING), frozenset({1}), NOW, POLICY) is None
+
+
+# Any sequence
+
+
+class AnyLife(RuleBasedStateMachine):
+    """Whatever a site says and in whatever order: no way out of an end, every end has its reason."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = NOW
+        self.task = make_task()
+        self.jobs: list[str] = []
+        self.wished = self.over = False
+        self.said: list[str] = []
+        self.progressed: set[str] = set()
+
+    def take(self, change: Change | None) -> None:
+        if change is None:
+            return
+        before = self.task
+        self.task = applied(before, change)
+        self.said += change.system
+        if change.state is not None and change.state is not before.state:
+            assert before.state not in FINAL
+        assert [each.number for each in self.task.attempts] == list(range(1, len(self.task.attempts) + 1))
+        if self.task.attempts != before.attempts and len(self.task.attempts) > len(before.attempts):
+            assert last(self.task).job_id not in self.jobs
+            self.jobs.append(last(self.task).job_id)
+
+    @initialize()
+    def begin(self) -> None:
+        self.jobs = []
+
+    @rule(seconds=st.sampled_from([0.01, 1.0, 5.0, 11.0, 31.0, 299.0, 301.0, -50.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule()
+    def assign(self) -> None:
+        self.take(lifecycle.assign(self.task, "x", self.now, POLICY))
+
+    @rule(number=st.integers(1, 3))
+    def confirm(self, number: int) -> None:
+        self.take(lifecycle.confirmed(self.task, number, self.now, POLICY))
+
+    @rule(number=st.integers(1, 3))
+    def refuse(self, number: int) -> None:
+        self.take(lifecycle.refused(self.task, number, self.now, "refused"))
+
+    @rule()
+    def cancel(self) -> None:
+        self.wished = True
+        self.take(lifecycle.cancel(self.task, self.now))
+
+    @precondition(lambda self: self.task.state is S.CANCELING)
+    @rule()
+    def ask_to_stop(self) -> None:
+        if lifecycle.must_stop(self.task, self.now, POLICY) is not None:
+            self.take(lifecycle.asked_to_stop(self.task, self.now))
+        self.take(lifecycle.never_stopped(self.task, self.now, POLICY))
+
+    @precondition(lambda self: self.task.state in ACTIVE)
+    @rule()
+    def silence(self) -> None:
+        self.take(lifecycle.silent(self.task, self.now, "no answer", POLICY))
+
+    @precondition(lambda self: self.jobs)
+    @rule(
+        number=st.integers(1, 3),
+        phase=st.sampled_from(Phase),
+        beat=st.none() | st.integers(0, 5),
+        started=st.sampled_from([None, "t"]),
+        code=st.sampled_from([None, 0, 1, 2, 76, 77, 78, 79, 127, 137]),
+        state=st.sampled_from([None, None, None, "COMPLETE", "EXECUTOR_ERROR", "SYSTEM_ERROR", "CANCELED", "?"]),
+    )
+    def observe(
+        self, number: int, phase: Phase, beat: int | None, started: str | None, code: int | None, state: str | None
+    ) -> None:
+        its = job_id(self.task.id, number)
+        before = self.task
+        observation = Observation(
+            job_id=its,
+            phase=phase,
+            progress=None if beat is None else job.Progress(its, "running", beat=beat, started=started),
+            result=None if state is None else job.Result(its, state, "a", "b"),
+            exit_code=code,
+        )
+        self.take(lifecycle.observed(self.task, observation, self.now, POLICY))
+        if self.task.state is S.COMPLETE and before.state is not S.COMPLETE:
+            assert state == "COMPLETE"
+        if self.task.state is S.EXECUTOR_ERROR and before.state is not S.EXECUTOR_ERROR:
+            assert state == "EXECUTOR_ERROR"
+        if self.task.state is S.CANCELED and before.state is S.CANCELING:
+            assert state or phase in (Phase.ENDED, Phase.UNKNOWN) or code not in (None, 0, 137)
+        if len(before.attempts) == number and before.state is S.RUNNING:
+            assert self.task.state is not S.QUEUED, "an executor has run"
+
+    @invariant()
+    def the_record_makes_sense(self) -> None:
+        task = self.task
+        if task.state is S.CANCELED:
+            assert self.wished
+        if task.state is S.SYSTEM_ERROR and not any(each.log.end_time == "b" for each in task.attempts):
+            assert self.said, "a system error has a reason"
+        if task.state in ACTIVE:
+            assert task.attempt is not None
+            assert task.due_at is not None
+        if task.final:
+            assert lifecycle.cancel(task, self.now) is None
+            assert all(each.ended is not None for each in task.attempts)
+        assert len(task.attempts) <= POLICY.max_attempts
+
+
+TestAnyLife = AnyLife.TestCase
+TestAnyLife.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
