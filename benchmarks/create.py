@@ -72,7 +72,8 @@ def main() -> None:
             bare.wait()
     print(bench.machine())
     for name, values in rates.items():
-        print(f"{name:9} median {statistics.median(values):.0f} POST/s  ({', '.join(f'{each:.0f}' for each in values)})")
+        each = ", ".join(f"{value:.0f}" for value in values)
+        print(f"{name:9} median {statistics.median(values):.0f} POST/s  ({each})")
     ratio = statistics.median(rates["tesp-api"]) / statistics.median(rates["bare"])
     print(f"ratio     {ratio:.2f} with {given.c} connections; limit 0.40 (every POST is flushed to disk)")
 
@@ -103,15 +104,15 @@ async def _connections(port: int, connections: int, until: float) -> int:
 async def _connection(port: int, until: float) -> int:
     """One keep-alive connection, one request after the other; plain sockets cost less than any client library."""
     body = json.dumps(TASK).encode()
-    head = f"POST /ga4gh/tes/v1/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    request = head.encode() + b"\r\n\r\n" + body
+    lines = ["POST /ga4gh/tes/v1/tasks HTTP/1.1", "Host: x", "Content-Type: application/json"]
+    request = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
     reader, writer = await asyncio.open_connection("127.0.0.1", port, family=socket.AF_INET)
     count = 0
     while time.perf_counter() < until:
         writer.write(request)
         header = await reader.readuntil(b"\r\n\r\n")
         if not header.startswith(b"HTTP/1.1 200"):
-            raise SystemExit(header.decode())
+            raise RuntimeError(header.decode())
         length = re.search(rb"content-length: (\d+)", header.lower())
         assert length is not None
         await reader.readexactly(int(length.group(1)))

@@ -129,7 +129,6 @@ class Throttle:
         self.port = int(self._listener.getsockname()[1])
         self.held = threading.Event()  # something is being held up
         self.open = threading.Event()
-        self.left = threading.Event()  # who was held up has gone away
         threading.Thread(target=self._serve, daemon=True).start()
 
     def close(self) -> None:
@@ -151,8 +150,6 @@ class Throttle:
         with contextlib.suppress(OSError):
             for block in iter(lambda: near.recv(65536), b""):
                 far.sendall(block)
-        if self.held.is_set():
-            self.left.set()
         with contextlib.suppress(OSError):
             far.shutdown(socket.SHUT_RDWR)
 

@@ -159,8 +159,8 @@ def test_cancel_during_a_pull(registry: Registry, make: Make) -> None:
         made.cancel()
         assert made.wait() == 0
         assert (made.result().state, made.result().started, made.result().system_logs) == ("CANCELED", False, [])
-        assert way.left.wait(30)  # the engine has given up as well
-        assert not present(image)
+        assert not present(image)  # the engine itself may take its time to give up, as it does with its own client
+        assert docker("ps", "-aq", "--filter", f"label=tesp.job={made.id}") == ""
     finally:
         way.close()
 

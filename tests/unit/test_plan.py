@@ -459,7 +459,7 @@ def test_what_must_be_a_directory_is_one_also_inside_another() -> None:
             {"path": "/work/made-by-the-program", "url": "http://x/d", "type": "DIRECTORY"},
         ],
     )
-    assert mounts(made) == {"/a": "directories/0", "/work": "directories/1"}
+    assert mounts(made) == {"/a": "DIRECTORY", "/work": "DIRECTORY"}
     assert made.directories == ["/a/b", "/work/globs", "/work/logs", "/work/sub"]
 
 

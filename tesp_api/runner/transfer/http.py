@@ -239,6 +239,7 @@ class HttpTransfer(Transfer):
     def _retry(self, attempt: Callable[[], T]) -> T:
         pause = self.context.pause
         for left in range(TRIES - 1, -1, -1):
+            self.context.watch.check()
             try:
                 return attempt()
             except _Again as error:
