@@ -159,4 +159,3 @@ def ring_for(task: Task) -> Ring:
     if task.final:
         return Ring.ROOM | Ring.OPEN
     return Ring.QUEUED | Ring.ROOM if task.state is TesState.QUEUED else Ring.OPEN
-
