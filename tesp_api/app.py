@@ -226,9 +226,9 @@ def _site(settings: Settings, keys: SiteSettings) -> Site:
     facts = _facts(settings, keys)
     directory = settings.server.data_dir.absolute()
     if keys.carrier == "local":
-        return LocalSite(facts, directory / keys.name, bundle)
+        return LocalSite(facts, directory / "sites" / keys.name, bundle)
     if keys.carrier == "embedded":
-        return EmbeddedSite(facts, directory / "pulsar", bundle)
+        return EmbeddedSite(facts, directory / "sites" / keys.name if settings.sites else directory / "pulsar", bundle)
     carrier = RestCarrier(
         keys.url, private_token=keys.private_token or None, manager=keys.manager or None, timeout=keys.client_timeout
     )

@@ -178,6 +178,15 @@ class Settings(Section):
     oauth: OAuth = OAuth()
 
     @model_validator(mode="after")
+    def _sites_of_their_own(self) -> Self:
+        """A task remembers its site by name."""
+        names = [site.name for site in self.sites]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"sites: {name!r} is the name of more than one site")
+        return self
+
+    @model_validator(mode="after")
     def _only_what_works(self) -> Self:
         """A setting that this release cannot fulfil must not be taken in silence, least of all one that protects."""
         missing = {

@@ -1,0 +1,205 @@
+"""The whole app in this process: HTTP, store, loops, the local site and the real runner, without containers."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tesp_api.app import create_app
+from tesp_api.errors import SettingsError
+from tesp_api.settings import Settings, load
+
+FINAL = {"COMPLETE", "EXECUTOR_ERROR", "SYSTEM_ERROR", "CANCELED"}
+
+
+def settings(directory: Path, **overrides: Any) -> Settings:
+    site = {"name": "here", "carrier": "local", "runtime": "host", "file_roots": [str(directory)]}
+    return load(environ={}, overrides={"server.data_dir": directory / "data", **overrides}).model_copy(
+        update={"sites": Settings.model_validate({"sites": [site]}).sites}
+    )
+
+
+@asynccontextmanager
+async def running(chosen: Settings) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(chosen)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tes") as client,
+    ):
+        yield client
+
+
+async def create(client: httpx.AsyncClient, **task: Any) -> str:
+    answer = await client.post("/v1/tasks", json=task)
+    assert answer.status_code == 200, answer.text
+    task_id: str = answer.json()["id"]
+    return task_id
+
+
+async def get(client: httpx.AsyncClient, task_id: str, view: str = "FULL") -> dict[str, Any]:
+    document: dict[str, Any] = (await client.get(f"/v1/tasks/{task_id}", params={"view": view})).json()
+    return document
+
+
+async def until(client: httpx.AsyncClient, task_id: str, good: Callable[[str], bool]) -> dict[str, Any]:
+    async with asyncio.timeout(30):
+        while not good((await get(client, task_id, "MINIMAL"))["state"]):
+            await asyncio.sleep(0.01)
+    return await get(client, task_id)
+
+
+def sh(script: str, **more: Any) -> dict[str, Any]:
+    return {"image": "none", "command": ["sh", "-c", script], **more}
+
+
+def test_a_task_from_post_to_result(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(settings(tmp_path)) as client:
+            task_id = await create(
+                client,
+                name="flow",
+                inputs=[{"path": "/in/x", "content": "text"}],
+                executors=[sh("cat /in/x; echo warning >&2"), sh("echo result > /out/y")],
+                outputs=[{"path": "/out/y", "url": str(tmp_path / "y")}],
+            )
+            task = await until(client, task_id, FINAL.__contains__)
+            assert task["state"] == "COMPLETE", task
+            assert (tmp_path / "y").read_text() == "result\n"
+            (log,) = task["logs"]
+            assert [each["exit_code"] for each in log["logs"]] == [0, 0]
+            assert (log["logs"][0]["stdout"], log["logs"][0]["stderr"]) == ("text", "warning\n")
+            assert log["metadata"]["site"] == "here"
+            assert log["start_time"] <= log["logs"][0]["start_time"] <= log["end_time"]
+
+    asyncio.run(go())
+
+
+def test_many_tasks_and_the_limit_of_the_site(tmp_path: Path) -> None:
+    async def go() -> None:
+        chosen = settings(tmp_path)
+        site = chosen.sites[0].model_copy(update={"max_jobs": 3})
+        async with running(chosen.model_copy(update={"sites": (site,)})) as client:
+            script = f"mkdir {tmp_path}/n$$; ls -d {tmp_path}/n* | wc -l; rmdir {tmp_path}/n$$"
+            ids = [await create(client, executors=[sh(script)]) for _ in range(12)]
+            tasks = [await until(client, task_id, FINAL.__contains__) for task_id in ids]
+            assert {task["state"] for task in tasks} == {"COMPLETE"}
+            assert max(int(task["logs"][0]["logs"][0]["stdout"]) for task in tasks) <= 3
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("moment", ["at once", "INITIALIZING", "RUNNING"])
+def test_cancel(tmp_path: Path, moment: str) -> None:
+    async def go() -> None:
+        async with running(settings(tmp_path)) as client:
+            task_id = await create(client, executors=[sh(f"echo $$ > {tmp_path}/pid; sleep 300")])
+            if moment != "at once":
+                await until(client, task_id, lambda state: state in (moment, "RUNNING"))
+            answer = await client.post(f"/v1/tasks/{task_id}:cancel")
+            assert (answer.status_code, answer.json()) == (200, {})
+            task = await until(client, task_id, FINAL.__contains__)
+            assert task["state"] == "CANCELED"
+            if (tmp_path / "pid").exists() and (pid := (tmp_path / "pid").read_text().strip()):
+                assert not Path("/proc", pid).exists()
+
+    asyncio.run(go())
+
+
+def test_a_restart_in_the_middle(tmp_path: Path) -> None:
+    async def first() -> str:
+        async with running(settings(tmp_path)) as client:
+            task_id = await create(
+                client, executors=[sh(f"echo ran >> {tmp_path}/ran; until [ -e {tmp_path}/go ]; do sleep 0.05; done")]
+            )
+            await until(client, task_id, "RUNNING".__eq__)
+            return task_id
+
+    async def second(task_id: str) -> None:
+        async with running(settings(tmp_path)) as client:
+            task = await until(client, task_id, FINAL.__contains__)
+            assert task["state"] == "COMPLETE"
+            assert len(task["logs"]) == 1
+
+    task_id = asyncio.run(first())
+    (tmp_path / "go").touch()
+    asyncio.run(second(task_id))
+    assert (tmp_path / "ran").read_text() == "ran\n"
+
+
+def test_health_and_cors(tmp_path: Path) -> None:
+    async def go() -> None:
+        chosen = settings(tmp_path, **{"server.cors_origins": ["https://example.org"]})
+        async with running(chosen) as client:
+            assert (await client.get("/healthz")).json()["status"] == "ok"
+            assert (await client.get("/readyz")).json() == {"status": "ready"}
+            preflight = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+            answer = await client.options("/ga4gh/tes/v1/tasks", headers=preflight)
+            assert answer.headers["access-control-allow-origin"] == "https://example.org"
+            answer = await client.get("/v1/tasks/none", headers={"Origin": "https://example.org"})
+            assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (404, "https://example.org")
+            answer = await client.get("/v1/tasks", headers={"Origin": "https://other.example"})
+            assert "access-control-allow-origin" not in answer.headers
+        async with running(settings(tmp_path)) as client:
+            answer = await client.get("/v1/tasks", headers={"Origin": "https://example.org"})
+            assert "access-control-allow-origin" not in answer.headers
+
+    asyncio.run(go())
+
+
+def test_not_ready_without_its_store(tmp_path: Path) -> None:
+    async def go() -> None:
+        app = create_app(settings(tmp_path))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tes") as client:
+            answer = await client.get("/readyz")  # its lifespan has not begun
+            assert answer.status_code == 503
+            assert answer.json()["message"].startswith("Not ready: ")
+            answer = await client.post("/v1/tasks", json={"executors": [sh("true")]})
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+
+    asyncio.run(go())
+
+
+def test_hidden_canceling_and_service_info(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(settings(tmp_path)) as client:
+            info = (await client.get("/ga4gh/tes/v1/service-info")).json()
+            assert info["type"] == {"group": "org.ga4gh", "artifact": "tes", "version": "1.1.0"}
+            assert info["storage"] == [f"file://{tmp_path}/"]
+            old = (await client.get("/v1/tasks/service-info")).json()
+            assert set(old) == {"name", "doc", "storage"}
+            assert (await client.get("/")).headers["location"] == "/docs"
+            document = (await client.get("/openapi.json")).json()
+            assert set(document["paths"]) == {"/service-info", "/tasks", "/tasks/{id}", "/tasks/{id}:cancel"}
+
+    asyncio.run(go())
+
+
+def test_importing_the_app_with_a_wrong_setting_says_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import tesp_api.tesp_api"],
+        env={"TESP_OAUTH__ENABLE": "true", "PYTHONPATH": str(Path(__file__).parents[2])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("tesp-api cannot start: settings: oauth.enable")
+    assert done.stderr.count("\n") == 1
+
+
+def test_two_sites_of_one_name_are_refused(tmp_path: Path) -> None:
+    site = {"name": "twice", "carrier": "local"}
+    with pytest.raises(SettingsError, match="twice"):
+        load(environ={"TESP_SITES": f"[{_toml(site)}, {_toml(site)}]"})
+
+
+def _toml(values: dict[str, str]) -> str:
+    return "{" + ", ".join(f'{key} = "{value}"' for key, value in values.items()) + "}"
