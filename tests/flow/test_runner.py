@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,11 +14,13 @@ import pytest
 
 from tesp_api.runner import bundle, job
 from tesp_api.runner.engines import marked
+from tests import pythons
 from tests.contract.test_transfer import Store
 from tests.runner_jobs import BUNDLE, Job, executor, mounts, until
 
 HOST = job.Runtime("host")
-PYTHONS = sorted(Path("/root/.pyenv/versions").glob("3.*/bin/python")) if os.access("/root", os.R_OK) else []
+PYTHONS = pythons.found()
+NEW = {number: python for number, python in PYTHONS.items() if not number.startswith("2")}
 
 Make = Callable[..., Job]
 
@@ -379,9 +380,9 @@ def test_a_damaged_zipapp(make: Make) -> None:
     assert make(sh("exit 0")).start().wait() == job.EXIT_NO_RUNNER
 
 
-@pytest.mark.parametrize("python", PYTHONS, ids=lambda path: str(path).split("/")[4])
+@pytest.mark.parametrize("python", NEW.values(), ids=NEW)
 @pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
-def test_every_python(make: Make, tmp_path: Path, python: Path, locale: str) -> None:
+def test_every_python(make: Make, tmp_path: Path, python: str, locale: str) -> None:
     made = make(
         sh("cat /w/\u00e4; echo $V; cat", stdin="/w/\u00e4", stdout="/w/\u00f6", env={"V": "\u4e2d"}),
         inputs=[job.Input("/w/\u00e4", content="\u00fc\n")],
@@ -390,7 +391,7 @@ def test_every_python(make: Make, tmp_path: Path, python: Path, locale: str) -> 
             job.Output("/w/[!a]", f"{tmp_path}/data/g", prefix="/w"),
         ],
         mounts=mounts("/w"),
-        python=str(python),
+        python=python,
     )
     result = made.run(env={"LC_ALL": locale})
     assert (result.state, result.executors[0].stdout) == ("COMPLETE", "\u00fc\n\u4e2d\n\u00fc\n")
@@ -398,8 +399,8 @@ def test_every_python(make: Make, tmp_path: Path, python: Path, locale: str) -> 
     assert (tmp_path / "data" / "\u00e9" / "\u00f6").read_text() == "\u00fc\n\u4e2d\n\u00fc\n"
 
 
-@pytest.mark.parametrize("python", PYTHONS, ids=lambda path: str(path).split("/")[4])
-def test_every_python_over_http(make: Make, tmp_path: Path, python: Path) -> None:
+@pytest.mark.parametrize("python", NEW.values(), ids=NEW)
+def test_every_python_over_http(make: Make, tmp_path: Path, python: str) -> None:
     store = Store(tmp_path, "http")
     try:
         store.put("d/sub dir/\u00e4", b"x" * 1000)
@@ -408,7 +409,7 @@ def test_every_python_over_http(make: Make, tmp_path: Path, python: Path) -> Non
             inputs=[job.Input("/w/in", job.DIRECTORY, store.url("d"))],
             outputs=[job.Output("/w/out", store.url("up"), job.DIRECTORY)],
             mounts=mounts("/w"),
-            python=str(python),
+            python=python,
         )
         assert (made.run().state, made.result().system_logs[1:]) == ("COMPLETE", [])
         assert store.get("up/sub dir/\u00e4") == b"x" * 1000
@@ -417,10 +418,9 @@ def test_every_python_over_http(make: Make, tmp_path: Path, python: Path) -> Non
 
 
 def test_an_old_python_says_so(make: Make) -> None:
-    old = Path("/root/.pyenv/versions/2.7.18/bin/python2.7")
-    if not old.exists():
+    if "2.7" not in PYTHONS:
         pytest.skip("there is no Python 2.7 here")
-    made = make(sh("exit 0"), python=str(old))
+    made = make(sh("exit 0"), python=PYTHONS["2.7"])
     assert made.start(bundle.command(BUNDLE.sha256).replace("-IS", "-S")).wait() == job.EXIT_OLD_PYTHON
 
 
