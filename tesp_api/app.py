@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,10 +19,12 @@ from starlette.responses import JSONResponse, Response
 from tesp_api import __version__
 from tesp_api.api import PREFIXES, Api, ServiceDescription, problems, router
 from tesp_api.api.openapi import add_docs, openapi
+from tesp_api.api.origins import ForeignPages
 from tesp_api.dispatch import loop
 from tesp_api.dispatch.dispatcher import Dispatcher
+from tesp_api.dispatch.news import SiteNews
 from tesp_api.dispatch.poller import Poller
-from tesp_api.errors import TespError
+from tesp_api.errors import SettingsError, TespError
 from tesp_api.lifecycle import Policy
 from tesp_api.runner.bundle import build
 from tesp_api.runner.job import FileRoot, Runtime
@@ -118,6 +121,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.service = service
     problems.install(app)
+    app.add_middleware(ForeignPages, allowed=settings.server.cors_origins)
     if settings.server.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -156,8 +160,9 @@ def build_service(settings: Settings) -> Service:
         )
         for name, site in sites.items()
     }
-    dispatcher = Dispatcher(store, sites, policies)
-    return Service(store, sites, dispatcher, Poller(store, sites, policies, dispatcher.submit))
+    news = SiteNews()
+    dispatcher = Dispatcher(store, sites, policies, news=news)
+    return Service(store, sites, dispatcher, Poller(store, sites, policies, dispatcher.submit, news=news))
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
@@ -224,6 +229,8 @@ def _sites(settings: Settings) -> list[Site]:
 def _site(settings: Settings, keys: SiteSettings) -> Site:
     bundle = build()
     facts = _facts(settings, keys)
+    if keys.carrier != "rest":
+        _make_roots(keys)
     directory = settings.server.data_dir.absolute()
     if keys.carrier == "local":
         return LocalSite(facts, directory / "sites" / keys.name, bundle)
@@ -233,6 +240,20 @@ def _site(settings: Settings, keys: SiteSettings) -> Site:
         keys.url, private_token=keys.private_token or None, manager=keys.manager or None, timeout=keys.client_timeout
     )
     return PulsarSite(facts, carrier, bundle)
+
+
+def _make_roots(keys: SiteKeys) -> None:
+    """File roots on our own machine must be there; those that tasks may write are made."""
+    for root in keys.file_roots:
+        path = Path(root.path)
+        try:
+            if root.write:
+                path.mkdir(parents=True, exist_ok=True)
+            path.stat()
+        except OSError as error:
+            raise SettingsError(f"settings: the file root {path} cannot be used: {error.strerror}") from error
+        if not path.is_dir():
+            raise SettingsError(f"settings: the file root {path} is no directory")
 
 
 def _facts(settings: Settings, keys: SiteSettings) -> SiteFacts:

@@ -35,6 +35,8 @@ MAX_CONTENTS: Final = 16 << 20
 """Bytes in the `content` of all inputs together."""
 MAX_DOCUMENT: Final = 8 << 20
 """Bytes of a request without its contents."""
+MAX_GB: Final = 1e9
+"""Of memory or disk: an exabyte is a slip of the pen."""
 MAX_FAULTS: Final = 20
 """More faults than this are not listed."""
 
@@ -216,10 +218,10 @@ class TesResources(Model):
         description="Whether capacity will do that may be taken back at any time.",
         examples=[False],
     )
-    ram_gb: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+    ram_gb: Annotated[float, Field(ge=0, le=MAX_GB, allow_inf_nan=False)] | None = Field(
         default=None, description="Memory in gigabytes.", examples=[8], json_schema_extra={"format": "double"}
     )
-    disk_gb: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+    disk_gb: Annotated[float, Field(ge=0, le=MAX_GB, allow_inf_nan=False)] | None = Field(
         default=None, description="Disk space in gigabytes.", examples=[40], json_schema_extra={"format": "double"}
     )
     zones: Annotated[list[str], BeforeValidator(_one_or_many)] | None = Field(
@@ -492,6 +494,7 @@ def read_task(body: bytes) -> TesTask:
         raise InvalidRequest("The body must be a JSON object that describes a task.")
     for name in READ_ONLY:
         document.pop(name, None)
+    _infer_types(document)
     try:
         task = TesTask.model_validate(document)
     except ValidationError as error:
@@ -508,6 +511,43 @@ def read_task(body: bytes) -> TesTask:
     if found:
         raise refusal(found)
     return task
+
+
+def _infer_types(document: dict[str, Any]) -> None:
+    """Say DIRECTORY where no type is given and the task shows it: a slash at the end, or a declared path inside."""
+    items = [
+        item
+        for name in ("inputs", "outputs")
+        if isinstance(document.get(name), list)
+        for item in document[name]
+        if isinstance(item, dict) and isinstance(item.get("path"), str)
+    ]
+    untyped = [item for item in items if item.get("type") in (None, "", 0) and not item.get("content")]
+    if not untyped:
+        return
+    parents = set()
+    for path in _declared(document, items):
+        while "/" in path[1:]:
+            path = path.rpartition("/")[0]
+            parents.add(path)
+    for item in untyped:
+        url = item.get("url")
+        slash = item["path"].endswith("/") or (isinstance(url, str) and url.endswith("/") and url[-3:] != "://")
+        pattern = not WILDCARDS.isdisjoint(item["path"])
+        if not pattern and (slash or _plain(item["path"]) in parents):
+            item["type"] = TesFileType.DIRECTORY
+
+
+def _declared(document: dict[str, Any], items: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """The container paths of a task that has not been checked yet."""
+    for item in items:
+        yield _plain(item["path"])
+    executors = document.get("executors")
+    for executor in executors if isinstance(executors, list) else ():
+        if isinstance(executor, dict):
+            for name in ("stdin", "stdout", "stderr"):
+                if isinstance(path := executor.get(name), str):
+                    yield _plain(path)
 
 
 def refusal(details: Sequence[Detail]) -> InvalidRequest:

@@ -54,7 +54,7 @@ class Api:
     """What the API is made of.
 
     `access` looks at the credentials of a request; it raises what should be answered instead. `fold_canceling` shows
-    CANCELING as the state before it. `max_body` is the limit for a request in bytes.
+    CANCELING as RUNNING. `max_body` is the limit for a request in bytes.
     """
 
     store: TaskStore
@@ -91,6 +91,10 @@ class Tasks:
         """`GET /tasks`: newest first."""
         access = await self._api.access(request)
         query, view = read_query(request.query_params, owner=access.only)
+        if self._api.fold_canceling and query.state is TesState.CANCELING:
+            return Json({"tasks": []})  # nobody gets to see that state
+        if self._api.fold_canceling and query.state is TesState.RUNNING:
+            query = replace(query, or_state=TesState.CANCELING)
         page = await self._store.page(query, view)
         answer: Document = {"tasks": [self._show(task, view) for task in page.tasks]}
         if page.more and page.tasks:

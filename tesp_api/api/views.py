@@ -26,9 +26,9 @@ class Json(JSONResponse):
 def show(task: Task, view: TesView, *, fold_canceling: bool = False) -> Document:
     """The task as a TES document; it must have been loaded in this view at least.
 
-    `fold_canceling` shows CANCELING as the state before, for clients that do not know that word.
+    `fold_canceling` shows CANCELING as RUNNING, for clients that do not know that word.
     """
-    state = _before_canceling(task) if fold_canceling and task.state is TesState.CANCELING else task.state
+    state = TesState.RUNNING if fold_canceling and task.state is TesState.CANCELING else task.state
     document: Document = {"id": task.id, "state": state.value}
     if view is TesView.MINIMAL:
         return document
@@ -44,13 +44,6 @@ def show(task: Task, view: TesView, *, fold_canceling: bool = False) -> Document
     if logs:
         document["logs"] = logs
     return document
-
-
-def _before_canceling(task: Task) -> TesState:
-    attempt = task.attempt  # not loaded in the MINIMAL view
-    if attempt is not None and attempt.submitted is None and not attempt.log.logs:
-        return TesState.INITIALIZING
-    return TesState.RUNNING
 
 
 def _log(attempt: Attempt) -> Document:

@@ -10,10 +10,12 @@ from dataclasses import replace
 
 from tesp_api import lifecycle
 from tesp_api.dispatch import place
+from tesp_api.dispatch.news import SiteNews
 from tesp_api.dispatch.plan import plan
 from tesp_api.dispatch.record import record
 from tesp_api.errors import PlanError, SiteRefused, SiteUnavailable, StoreUnavailable
 from tesp_api.lifecycle import Policy
+from tesp_api.runner.job import Plan
 from tesp_api.sites import Site, SiteFacts
 from tesp_api.store import Load, Ring, TaskStore
 from tesp_api.task import ACTIVE, Attempt, Bodies, Task
@@ -39,6 +41,7 @@ class Dispatcher:
         sites: Mapping[str, Site],
         policies: Mapping[str, Policy],
         clock: Callable[[], float] = time.time,
+        news: SiteNews | None = None,
     ) -> None:
         self._store = store
         self._sites = sites
@@ -48,6 +51,7 @@ class Dispatcher:
         self._submitting: set[asyncio.Task[None]] = set()
         self._blocked = False
         self._clock = clock
+        self._news = news or SiteNews()
         self._full: tuple[Mapping[str, Load], float] | None = None
 
     async def tick(self) -> int:
@@ -131,9 +135,12 @@ class Dispatcher:
             await self._submit(task, attempt, policy)
         except SiteUnavailable as error:
             reason = str(error)
+            self._news.silent(attempt.site, reason)
             await record(self._store, task, lambda task: _unsure(task, attempt, self._clock(), reason, policy))
         except (PlanError, SiteRefused) as error:
             reason = str(error)
+            if isinstance(error, SiteRefused):
+                log.warning("The site %r refused job %s: %s", attempt.site, attempt.job_id, reason)
             await record(self._store, task, lambda task: lifecycle.refused(task, attempt.number, self._clock(), reason))
         except StoreUnavailable:
             raise
@@ -143,12 +150,13 @@ class Dispatcher:
             await record(self._store, task, lambda task: _unsure(task, attempt, self._clock(), reason, policy))
         else:
             now = self._clock()
+            self._news.answers(attempt.site)
             await record(self._store, task, lambda task: lifecycle.confirmed(task, attempt.number, now, policy))
 
     async def _submit(self, task: Task, attempt: Attempt, policy: Policy) -> None:
         site = self._sites[attempt.site]
         contents = await self._store.contents(task.id) if task.spec.inputs else {}
-        document = plan(replace(task, bodies=Bodies(contents=contents)), site.facts)
+        document = _planned(replace(task, bodies=Bodies(contents=contents)), site.facts)
         # A process that slept through its lease must not submit: another may have ended the task meanwhile.
         left = (task.due_at or 0.0) - 0.2 * policy.lease - self._clock()
         if left <= 0:
@@ -158,6 +166,17 @@ class Dispatcher:
                 await site.submit(document)
         except TimeoutError:
             raise SiteUnavailable(f"The site {attempt.site!r} did not answer the submit in time.") from None
+
+
+def _planned(task: Task, facts: SiteFacts) -> Plan:
+    """The plan; a mistake of ours in making it will not go away, so it is no reason to try again."""
+    try:
+        return plan(task, facts)
+    except PlanError:
+        raise
+    except Exception as error:
+        log.exception("planning of %s failed", task.id)
+        raise PlanError(f"The service cannot plan this task: {error!r}") from error
 
 
 def _misfit(task: Task, now: float, reason: str) -> lifecycle.Change | None:

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 
 from tesp_api import lifecycle
+from tesp_api.dispatch.news import SiteNews
 from tesp_api.dispatch.record import record
 from tesp_api.errors import SiteError, StoreUnavailable
 from tesp_api.lifecycle import Policy
@@ -36,6 +37,7 @@ class Poller:
         policies: Mapping[str, Policy],
         submit: Submit,
         clock: Callable[[], float] = time.time,
+        news: SiteNews | None = None,
     ) -> None:
         self._store = store
         self._sites = sites
@@ -43,6 +45,7 @@ class Poller:
         self._lease = min((policy.lease for policy in policies.values()), default=Policy().lease)
         self._submit = submit
         self._clock = clock
+        self._news = news or SiteNews()
         self._at_work: set[asyncio.Task[None]] = set()
 
     async def tick(self) -> int:
@@ -104,6 +107,7 @@ class Poller:
                 seen = {each.job_id: each for each in await site.observe(list(by_job))}
         except (SiteError, TimeoutError) as error:
             reason = str(error) or "It did not answer in time."
+            self._news.silent(site.facts.name, reason)
             for task in by_job.values():
                 await self._be_patient(task, reason, policy)
             return
@@ -115,6 +119,7 @@ class Poller:
             for task in tasks:  # one job must not harm the others
                 await self._observe(site, [task], policy)
             return
+        self._news.answers(site.facts.name)
         notes = (
             self._note_safely(task, seen.get(job_id) or Observation(job_id=job_id, phase=Phase.UNKNOWN), policy)
             for job_id, task in by_job.items()

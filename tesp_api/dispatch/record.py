@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tesp_api.dispatch.news import told
 from tesp_api.lifecycle import Change
 from tesp_api.store import TaskStore
 from tesp_api.task import Task
@@ -22,6 +23,7 @@ async def record(store: TaskStore, task: Task, decide: Callable[[Task], Change |
             return None
         written = await store.apply(task.id, change)
         if written is not None:
+            told(written, change)
             return written
         current = await store.get(task.id, TesView.BASIC)
     return None

@@ -22,12 +22,13 @@ from tesp_api.tes import TesState, TesView
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """What to list: all conditions hold together. `name_prefix` is literal text.
+    """What to list: all conditions hold together. `or_state` widens `state`; `name_prefix` is literal text.
 
     `tags`: pairs of key and value, an empty value meaning any. `after`: the id of the last task of the page before.
     """
 
     state: TesState | None = None
+    or_state: TesState | None = None
     name_prefix: str = ""
     tags: tuple[tuple[str, str], ...] = ()
     owner: str | None = None

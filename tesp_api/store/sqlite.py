@@ -416,8 +416,8 @@ def _page(db: sqlite3.Connection, query: Query, view: TesView) -> Page:
         values += [key, value] if value else [key]
     order = "t0.task_id" if query.tags else "task.id"
     if query.state is not None:
-        conditions.append("task.state = ?")
-        values.append(query.state)
+        conditions.append("task.state IN (?, ?)" if query.or_state else "task.state = ?")
+        values += [query.state, query.or_state] if query.or_state else [query.state]
     if query.name_prefix:
         beyond = _beyond(query.name_prefix)
         # A rare name is found by its index; a common one sooner in the order of ids (`+` keeps the index out).

@@ -193,7 +193,10 @@ def test_canceling_can_be_folded() -> None:
         await store.apply(task_id, change)
         assert (await client.post(f"tasks/{task_id}:cancel")).json() == {}
         assert (await client.get(f"tasks/{task_id}")).json()["state"] == "RUNNING"
-        assert (await client.get(f"tasks/{task_id}?view=BASIC")).json()["state"] == "INITIALIZING"
+        assert (await client.get(f"tasks/{task_id}?view=BASIC")).json()["state"] == "RUNNING"
+        shown = {"id": task_id, "state": "RUNNING"}
+        assert (await client.get("tasks?state=RUNNING")).json() == {"tasks": [shown]}
+        assert (await client.get("tasks?state=CANCELING")).json() == {"tasks": []}
         assert (await client.post(f"tasks/{task_id}:cancel")).json() == {}
 
     with_api(flow, fold_canceling=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +16,7 @@ import pytest
 
 from tesp_api.app import create_app
 from tesp_api.errors import SettingsError
-from tesp_api.settings import Settings, load
+from tesp_api.settings import FileRootSettings, Settings, load
 
 FINAL = {"COMPLETE", "EXECUTOR_ERROR", "SYSTEM_ERROR", "CANCELED"}
 
@@ -152,6 +153,52 @@ def test_health_and_cors(tmp_path: Path) -> None:
             assert "access-control-allow-origin" not in answer.headers
 
     asyncio.run(go())
+
+
+def test_a_foreign_web_page_may_not_post(tmp_path: Path) -> None:
+    async def go() -> None:
+        chosen = settings(tmp_path, **{"server.cors_origins": ["https://friend.example"]})
+        async with running(chosen) as client:
+            body = json.dumps({"executors": [sh("true")]})
+            headers = {"Content-Type": "text/plain", "Sec-Fetch-Site": "cross-site"}  # asks no browser for leave
+            for origin in ("https://evil.example", "null", "http://[x"):
+                answer = await client.post("/v1/tasks", content=body, headers={**headers, "Origin": origin})
+                assert (answer.status_code, answer.json()["status"]) == (403, 403)
+            for origin in ("https://friend.example", "http://tes"):
+                answer = await client.post("/v1/tasks", content=body, headers={**headers, "Origin": origin})
+                assert answer.status_code == 200
+            assert len((await client.get("/v1/tasks")).json()["tasks"]) == 2
+
+    asyncio.run(go())
+
+
+def test_file_roots_of_our_machine_are_made_or_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for root, words in ((tmp_path / "file", "file root"), (Path("/proc/none"), "cannot be used")):
+        chosen = settings(tmp_path)
+        site = chosen.sites[0].model_copy(update={"file_roots": (FileRootSettings(path=str(root)),)})
+        with pytest.raises(SettingsError, match=words):
+            create_app(chosen.model_copy(update={"sites": (site,)}))
+    site = site.model_copy(update={"file_roots": (FileRootSettings(path=str(tmp_path / "new" / "root")),)})
+    create_app(chosen.model_copy(update={"sites": (site,)}))
+    assert (tmp_path / "new" / "root").is_dir()
+
+
+def test_the_log_tells_of_ends_and_of_silent_sites(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def go() -> None:
+        site = {"name": "away", "carrier": "rest", "url": "http://127.0.0.1:9", "status": {"max_polls": 1}}
+        site["status"]["poll_interval"] = 0.3  # type: ignore[index]
+        sites = Settings.model_validate({"sites": [site]}).sites
+        async with running(settings(tmp_path).model_copy(update={"sites": sites})) as client:
+            task_id = await create(client, executors=[sh("true")])
+            await until(client, task_id, FINAL.__contains__)
+            ends = [each.message for each in caplog.records if each.message.startswith("Task ")]
+            assert ends == [next(line for line in ends if f"Task {task_id} is SYSTEM_ERROR (away): " in line)]
+        silent = [each for each in caplog.records if "'away' does not answer" in each.message]
+        assert [each.levelname for each in silent] == ["WARNING"]
+
+    with caplog.at_level("INFO", "tesp_api"):
+        asyncio.run(go())
 
 
 def test_not_ready_without_its_store(tmp_path: Path) -> None:

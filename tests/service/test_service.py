@@ -21,14 +21,15 @@ from tests.support import require
 
 pytestmark = pytest.mark.service
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     require(docker_host(), "no Docker engine with busybox")
     directory = tmp_path_factory.mktemp("service")
     running = Service(directory, TESP_EMBEDDED__FILE_ROOTS=roots(directory / "files"), CONTAINER_TYPE="docker")
-    (directory / "files").mkdir()
-    running.start()
+    running.start()  # it makes the root, which nobody has made before
     yield running
     running.stop()
 
@@ -92,6 +93,15 @@ def test_the_task_of_the_readme(service: Service, files: Path, web: str, tmp_pat
         assert {"id": task_id, "state": "COMPLETE"} in service.http.get(f"{prefix}/tasks", params=query).json()["tasks"]
     service.cancel(task_id)
     assert service.state(task_id) == "COMPLETE"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.json")))
+def test_the_examples(service: Service, files: Path, web: str, tmp_path: Path, name: str) -> None:
+    (tmp_path / "hello.txt").write_text("Hello, TES\n")
+    text = (EXAMPLES / f"{name}.json").read_text()
+    text = text.replace("http://127.0.0.1:8000", web).replace("/tmp/tesp-out", str(files / name))
+    task = service.end(service.post(json.loads(text)))
+    assert task["state"] == "COMPLETE", task
 
 
 # Executors

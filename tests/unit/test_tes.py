@@ -560,3 +560,25 @@ def test_example(path: Path) -> None:
 
 def test_there_are_examples() -> None:
     assert len(list(EXAMPLES.glob("*.json"))) >= 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "kinds"),
+    [
+        ({"outputs": [{"path": "/outputs", "url": "s3://b/13", "type": 0}], "stdout": "/outputs/o.txt"}, ["DIRECTORY"]),
+        ({"outputs": [{"path": "/o/", "url": "s3://b/13"}]}, ["DIRECTORY"]),
+        ({"outputs": [{"path": "/o", "url": "s3://b/13/", "type": None}]}, ["DIRECTORY"]),
+        ({"outputs": [{"path": "/o", "url": "s3://"}]}, ["FILE"]),
+        ({"outputs": [{"path": "/o/*", "path_prefix": "/o", "url": "s3://b/"}]}, ["FILE"]),
+        ({"outputs": [{"path": "/o", "url": "s3://b/", "type": "FILE"}]}, ["FILE"]),
+        ({"outputs": [{"path": "/a", "url": "s3://b"}, {"path": "/a/b", "url": "s3://c"}]}, ["DIRECTORY", "FILE"]),
+    ],
+)
+def test_a_type_that_is_not_given_is_read_from_the_paths(fields: dict[str, Any], kinds: list[str]) -> None:
+    stdout = {"stdout": fields["stdout"]} if "stdout" in fields else {}
+    spec = make_spec(outputs=fields["outputs"], executors=[executor(**stdout)])
+    assert [output.type for output in spec.outputs or ()] == kinds
+
+
+def test_a_slip_of_the_pen_in_gigabytes_is_refused() -> None:
+    assert "resources.ram_gb" in str(refused({"resources": {"ram_gb": 1e300}, "executors": [executor()]}))

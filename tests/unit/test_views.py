@@ -99,7 +99,7 @@ def test_only_what_was_sent(view: TesView) -> None:
     ("view", "attempt", "shown"),
     [
         (TesView.MINIMAL, None, "RUNNING"),
-        (TesView.BASIC, {}, "INITIALIZING"),
+        (TesView.BASIC, {}, "RUNNING"),
         (TesView.BASIC, {"submitted": 1.0}, "RUNNING"),
         (TesView.FULL, {"log": {"logs": [{"exit_code": 0}]}}, "RUNNING"),
     ],

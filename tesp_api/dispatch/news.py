@@ -1,0 +1,37 @@
+"""What an operator should read in the log: sites that stop answering and come back, and how tasks end."""
+
+from __future__ import annotations
+
+import logging
+
+from tesp_api.lifecycle import Change
+from tesp_api.task import Task
+
+log = logging.getLogger("tesp_api.dispatch")
+
+
+class SiteNews:
+    """Tells once that a site does not answer, and once that it does again."""
+
+    def __init__(self) -> None:
+        self._silent: set[str] = set()
+
+    def silent(self, site: str, reason: str) -> None:
+        """It gave no usable answer."""
+        if site not in self._silent:
+            self._silent.add(site)
+            log.warning("The site %r does not answer; its tasks wait: %s", site, reason)
+
+    def answers(self, site: str) -> None:
+        """It answered."""
+        if site in self._silent:
+            self._silent.discard(site)
+            log.info("The site %r answers again.", site)
+
+
+def told(task: Task, change: Change) -> None:
+    """One line for a task that has just ended."""
+    if change.state is not None and task.final:
+        site = task.attempt.site if task.attempt else "no site"
+        reason = f": {change.system[0]}" if change.system else ""
+        log.info("Task %s is %s (%s)%s", task.id, task.state, site, reason)
