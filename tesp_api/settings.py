@@ -2,26 +2,96 @@
 
 Sections of the file are profiles; `FASTAPI_PROFILE` lays one over `default`. `TESP_...` variables lie over both
 (`TESP_SERVER__PORT=8081`, two underscores for a dot), `CONTAINER_TYPE` over `container.runtime`. A key that is not
-known or a value that is not right stops the start with one line that names it.
+known or a value that is not right stops the start with one line that names it, and the variable it came from.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
+import tempfile
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from urllib.parse import urlsplit
 
 from dynaconf import Dynaconf
 from dynaconf.utils.parse_conf import parse_conf_data
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tesp_api.errors import SettingsError
 
 NOT_SETTINGS = frozenset({"settings_file", "require_services"})
 """TESP_ variables that mean something else."""
+
+Origins = dict[tuple[str, ...], str]
+"""Which variable a setting came from, by the setting's path."""
+
+
+# Kinds of values. Their messages never repeat the value: an address may hold a password.
+
+
+def _is_web(text: str) -> bool:
+    if not text.isprintable() or " " in text:
+        return False
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def _web(text: str) -> str:
+    if not _is_web(text):
+        raise ValueError("must be http:// or https:// with a host")
+    return text
+
+
+def _web_or_nothing(text: str) -> str:
+    return _web(text) if text else text
+
+
+def _contact(text: str) -> str:
+    if text and not _is_web(text) and not re.fullmatch(r"mailto:[^\s@]+@[^\s@]+", text):
+        raise ValueError("must be http:// or https:// with a host, or mailto: with an address")
+    return text
+
+
+def _engine(text: str) -> str:
+    tcp = re.fullmatch(r"tcp://(\[[0-9A-Fa-f:.]+\]|[^\s/:\[\]]+):([0-9]{1,5})/?", text)
+    if text and not re.fullmatch(r"unix:///.+", text) and not (tcp and 0 < int(tcp.group(2)) <= 65535):
+        raise ValueError("must be unix:///path or tcp://host:port")
+    return text
+
+
+def _absolute(text: str) -> str:
+    if not text.startswith("/"):
+        raise ValueError("must be an absolute path")
+    return text
+
+
+def _one_as_list(value: Any) -> Any:
+    """A plain text is a list of one. With a comma it was most likely meant as several, so it is refused."""
+    if not isinstance(value, str):
+        return value
+    if "," in value:
+        raise ValueError('must be a list such as ["a", "b"] where there is a comma')
+    return [value] if value else []
+
+
+def _roots(value: Any) -> Any:
+    """A root may be given as its path alone."""
+    value = _one_as_list(value)
+    if isinstance(value, list | tuple):
+        return [{"path": root} if isinstance(root, str) else root for root in value]
+    return value
+
+
+WebUrl = Annotated[str, AfterValidator(_web)]
+OptionalWebUrl = Annotated[str, AfterValidator(_web_or_nothing)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_one_as_list)]
 
 
 class Section(BaseModel):
@@ -36,7 +106,7 @@ class Server(Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
     data_dir: Path = Path("data")
-    cors_origins: tuple[str, ...] = ()
+    cors_origins: Texts = ()
     max_body_mb: float = Field(default=32.0, gt=0)
     hide_canceling: bool = False
 
@@ -48,11 +118,11 @@ class ServiceInfo(Section):
     name: str = "tesp-api"
     description: str = "GA4GH Task Execution Service in front of Galaxy Pulsar"
     organization_name: str = "Example organization"
-    organization_url: str = "https://example.org"
-    contact_url: str = ""
-    documentation_url: str = ""
+    organization_url: WebUrl = "https://example.org"
+    contact_url: Annotated[str, AfterValidator(_contact)] = ""
+    documentation_url: OptionalWebUrl = ""
     environment: str = ""
-    storage: tuple[str, ...] = ()
+    storage: Texts = ()
 
 
 class Db(Section):
@@ -64,7 +134,7 @@ class Db(Section):
 class FileRootSettings(Section):
     """A directory of the site that `file:` URLs may name."""
 
-    path: str = Field(pattern="^/")
+    path: Annotated[str, AfterValidator(_absolute)]
     write: bool = True
     mount: bool = False
 
@@ -82,25 +152,16 @@ class SiteKeys(Section):
     max_jobs: int = Field(default=0, ge=0)
     cpus: float = Field(default=0.0, ge=0)
     ram_gb: float = Field(default=0.0, ge=0)
-    file_roots: tuple[FileRootSettings, ...] = ()
+    file_roots: Annotated[tuple[FileRootSettings, ...], BeforeValidator(_roots)] = ()
     runtime: Literal["", "auto", "docker", "bubblewrap", "host"] = ""
     status: Status = Status()
     cancel_grace: float = Field(default=10.0, gt=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _plain_roots(cls, value: Any) -> Any:
-        """A root may be given as its path alone."""
-        if isinstance(value, dict) and isinstance(value.get("file_roots"), list | tuple):
-            roots = [{"path": root} if isinstance(root, str) else root for root in value["file_roots"]]
-            value = {**value, "file_roots": roots}
-        return value
 
 
 class Pulsar(SiteKeys):
     """One Pulsar behind a REST address."""
 
-    url: str = ""
+    url: OptionalWebUrl = ""
     amqp_url: str = ""
     private_token: str = ""
     manager: str = ""
@@ -122,7 +183,7 @@ class Container(Section):
     """How the node runs containers, unless the site says otherwise."""
 
     runtime: Literal["auto", "docker", "bubblewrap", "host"] = "auto"
-    docker_host: str = ""
+    docker_host: Annotated[str, AfterValidator(_engine)] = ""
     network: str = ""
     pull: Literal["missing", "never"] = "missing"
     log_bytes: int = Field(default=131072, ge=1024, le=16 << 20)
@@ -184,6 +245,9 @@ class Settings(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"sites: {name!r} is the name of more than one site")
+        for index, site in enumerate(self.sites):
+            if site.carrier == "rest" and not site.url:
+                raise ValueError(f"sites.{index}.url: the carrier rest needs the address of its Pulsar")
         return self
 
     @model_validator(mode="after")
@@ -209,16 +273,29 @@ def load(
     `overrides` maps dotted keys to values and lies over everything. Raises SettingsError.
     """
     environ = os.environ if environ is None else environ
-    values = _read(_file(file, environ), environ)
-    if runtime := environ.get("CONTAINER_TYPE"):
-        values.setdefault("container", {})["runtime"] = runtime
+    values, origins = _read(_file(file, environ), environ)
     for key, value in (overrides or {}).items():
-        section, _, name = key.partition(".")
-        values.setdefault(section, {})[name] = value
+        path = tuple(key.split("."))
+        _put(values, path, value)
+        origins.pop(path, None)
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        raise SettingsError(_words(error)) from None
+        raise SettingsError(_words(error, origins)) from None
+
+
+def prepare_data_dir(settings: Settings) -> None:
+    """Make server.data_dir if it is not there, and see that files can be made in it. Raises SettingsError."""
+    directory = settings.server.data_dir.absolute()
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except FileExistsError:
+        raise SettingsError(f"settings: server.data_dir: {directory} is not a directory") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsError(f"settings: server.data_dir: {directory} cannot be written to: {reason}") from None
 
 
 def _file(file: Path | None, environ: Mapping[str, str]) -> Path | None:
@@ -232,19 +309,27 @@ def _file(file: Path | None, environ: Mapping[str, str]) -> Path | None:
     return here if here.is_file() else None
 
 
-def _read(file: Path | None, environ: Mapping[str, str]) -> dict[str, Any]:
+def _read(file: Path | None, environ: Mapping[str, str]) -> tuple[dict[str, Any], Origins]:
     profile = environ.get("FASTAPI_PROFILE") or "default"
-    _check_profile(profile, file)
+    _check(profile, file)
     try:
         # dynaconf lets a section of the profile take the place of the whole section, not of its keys.
         values = _merged(_section(file, "default"), _section(file, profile))
     except Exception as error:  # dynaconf passes on whatever its TOML reader raises
         raise SettingsError(f"settings: {file} cannot be read: {' '.join(str(error).split())}") from None
-    for name, text in environ.items():
+    origins: Origins = {}
+    _check_sections(values, origins)
+    for name, text in sorted(environ.items()):  # sorted: a whole section before its keys
         if name.startswith("TESP_") and name[5:].lower() not in NOT_SETTINGS:
-            path = name[5:].lower().split("__")
-            _put(values, path, text if _is_text(path) else _value(text))
-    return values
+            path = tuple(name[5:].lower().split("__"))
+            _put(values, path, text if _is_text(path) else _value(name, text))
+            origins[path] = name
+            _check_sections(values, origins)
+    if runtime := environ.get("CONTAINER_TYPE"):
+        path = ("container", "runtime")
+        _put(values, path, runtime)
+        origins[path] = "CONTAINER_TYPE"
+    return values, origins
 
 
 def _section(file: Path | None, profile: str) -> dict[str, Any]:
@@ -268,7 +353,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-def _is_text(path: list[str]) -> bool:
+def _is_text(path: tuple[str, ...]) -> bool:
     """Whether a setting is text: a token of digits is no number."""
     model: Any = Settings
     for name in path:
@@ -279,16 +364,52 @@ def _is_text(path: list[str]) -> bool:
     return model in (str, Path)
 
 
-def _check_profile(profile: str, file: Path | None) -> None:
-    """A profile that is nowhere would leave the defaults in force without a word."""
-    if profile == "default":
-        return
-    try:
-        sections = tomllib.loads(file.read_text()) if file else {}
-    except ValueError as error:
-        raise SettingsError(f"settings: {file} cannot be read: {error}") from None
-    if profile.lower() not in {name.lower() for name in sections}:
+def _check(profile: str, file: Path | None) -> None:
+    """What dynaconf would pass over without a word: a profile that is nowhere, and settings outside any profile."""
+    names: set[str] = set()
+    # dynaconf reads settings.local.toml beside settings.toml too.
+    for each in (file, file.with_name(f"{file.stem}.local{file.suffix}")) if file else ():
+        if each == file or each.is_file():
+            names |= _profiles(each)
+    if profile != "default" and profile.lower() not in names:
         raise SettingsError(f"settings: FASTAPI_PROFILE is {profile!r}, but {file} has no section [{profile}]")
+
+
+def _profiles(file: Path) -> set[str]:
+    """The profiles of a file, in lower case."""
+    try:
+        sections = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"settings: {file} cannot be read: {' '.join(str(error).split())}") from None
+    for name, value in sections.items():
+        if name.lower() in Settings.model_fields:
+            left, right = ("[[", "]]") if isinstance(value, list) else ("[", "]")
+            raise SettingsError(f"settings: {left}{name}{right} in {file} must be {left}default.{name.lower()}{right}")
+        if not isinstance(value, dict):
+            raise SettingsError(f"settings: {name} in {file} is in no section; keys belong below [default.SECTION]")
+    return {name.lower() for name in sections}
+
+
+def _check_sections(values: dict[str, Any], origins: Origins) -> None:
+    """A section given as one value would be in the way of its keys."""
+    for path, is_section in _tree(Settings):
+        if is_section:
+            found: Any = values
+            for name in path:
+                found = found.get(name, {}) if isinstance(found, dict) else {}
+            if not isinstance(found, dict):
+                raise SettingsError(f"settings: {'.'.join(path)} is a section, not a value{_from(path, origins)}")
+
+
+def _tree(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """The path of every section and key, and whether it is a section."""
+    for name, known in model.model_fields.items():
+        path, kind = (*above, name), known.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield path, True
+            yield from _tree(kind, path)
+        else:
+            yield path, False
 
 
 def _plain(value: Any) -> Any:
@@ -300,7 +421,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
+def _put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     for name in path[:-1]:
         inner = values.setdefault(name, {})
         if not isinstance(inner, dict):
@@ -309,22 +430,50 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
     values[path[-1]] = value
 
 
-def _value(text: str) -> Any:
+def _value(name: str, text: str) -> Any:
     """A variable's text as a TOML value where it is one (`8081`, `true`, `["/data"]`), else as it stands."""
-    return _plain(parse_conf_data(text, tomlfy=True))
+    try:
+        return _plain(parse_conf_data(text, tomlfy=True))
+    except Exception:  # as with files; without the text, which may be a secret
+        raise SettingsError(f"settings: the value of {name} cannot be read") from None
 
 
-def _words(error: ValidationError) -> str:
-    """The first fault as one line that names the key."""
+def _words(error: ValidationError, origins: Origins) -> str:
+    """The first fault as one line that names the key, and the variable if it came from one."""
     fault = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in fault["loc"])
+    location = fault["loc"]
+    key = ".".join(str(part) for part in location)
     if fault["type"] == "extra_forbidden":
-        return f"settings: {key} is not a known key{_hint(fault['loc'])}"
+        return f"settings: {key} is not a known key{_from(location, origins, _alike(location, origins))}"
     message = str(fault["msg"]).removeprefix("Value error, ")
-    return f"settings: {key + ': ' if key else ''}{message}"
+    if fault["type"] == "tuple_type":
+        message = "must be a list"
+    elif fault["type"] == "model_type":
+        message = "must be a table"
+    if not location:  # said of the whole: the message begins with the key
+        location = tuple(message.partition(": ")[0].split("."))
+    return f"settings: {key + ': ' if key else ''}{message}{_from(location, origins)}"
 
 
-def _hint(location: tuple[int | str, ...]) -> str:
+def _from(location: tuple[int | str, ...], origins: Origins, meant: str = "") -> str:
+    """` (from VARIABLE; do you mean ...?)`, as far as there is something to say."""
+    name = _origin(location, origins)
+    said = [f"from {name}"] if name else []
+    if meant:
+        said.append(f"do you mean {meant}?")
+    return f" ({'; '.join(said)})" if said else ""
+
+
+def _origin(location: tuple[int | str, ...], origins: Origins) -> str:
+    for path in sorted(origins, key=len, reverse=True):
+        shorter = min(len(path), len(location))
+        if path[:shorter] == location[:shorter]:
+            return origins[path]
+    return ""
+
+
+def _alike(location: tuple[int | str, ...], origins: Origins) -> str:
+    """What a key that is not known may have been meant to be, written as it was given: key or variable."""
     model: Any = Settings
     for part in location[:-1]:
         if isinstance(part, str) and part in model.model_fields:
@@ -332,4 +481,14 @@ def _hint(location: tuple[int | str, ...]) -> str:
             model = get_args(model)[0] if get_origin(model) is tuple else model
     known = list(getattr(model, "model_fields", ()))
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return f" (do you mean {close[0]}?)" if close else ""
+    path = tuple(str(part) for part in location)
+    if path not in origins:
+        return close[0] if close else ""
+    keys = [each for each, is_section in _tree(Settings) if not is_section]
+    written = "_".join(path).replace("__", "_")
+    found = (
+        [each for each in keys if "_".join(each) == written]  # TESP_SERVER_PORT
+        or [(*path[:-1], each) for each in close]
+        or [each for each in keys if len(path) == 1 and each[-1] == path[0]]  # TESP_PORT
+    )
+    return " or ".join("TESP_" + "__".join(each).upper() for each in found[:3])

@@ -16,6 +16,8 @@ FINAL = ("COMPLETE", "EXECUTOR_ERROR", "SYSTEM_ERROR", "CANCELED", "PREEMPTED")
 Url = Annotated[str, typer.Option(envvar="TES_URL", help="The server, for example http://127.0.0.1:8080.")]
 TaskId = Annotated[str, typer.Argument(metavar="ID")]
 HERE = "http://127.0.0.1:8080"
+PAGE = 1000
+"""Tasks in one answer at most; a longer list takes several."""
 
 
 def run(
@@ -24,7 +26,11 @@ def run(
     wait_for_end: Annotated[bool, typer.Option("--wait", help="Wait for the end, then show states and logs.")] = False,
 ) -> None:
     """Post a task and print its id."""
-    body = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    try:  # by hand: typer's own check for a file takes - for one
+        body = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    except OSError as error:
+        typer.echo(f"{file}: {error.strerror}", err=True)
+        raise typer.Exit(2) from None
     task_id = _call("POST", url, "/tasks", content=body)["id"]
     typer.echo(task_id)
     if wait_for_end:
@@ -42,12 +48,18 @@ def list_tasks(
     url: Url = HERE,
     state: Annotated[str, typer.Option(help="Only tasks in this state.")] = "",
     name_prefix: Annotated[str, typer.Option(help="Only tasks whose name begins so.")] = "",
-    limit: Annotated[int, typer.Option(help="How many at most.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 20,
 ) -> None:
     """Print id, state, time and name of tasks, newest first."""
-    params = {"view": "BASIC", "page_size": str(limit), "state": state, "name_prefix": name_prefix}
-    for task in _call("GET", url, "/tasks", params=params)["tasks"]:
-        typer.echo(f"{task['id']}  {task['state']:14}  {task['creation_time'][:19]}  {task.get('name', '')}")
+    params = {"view": "BASIC", "state": state, "name_prefix": name_prefix}
+    while limit > 0:
+        page = _call("GET", url, "/tasks", params={**params, "page_size": str(min(limit, PAGE))})
+        for task in page["tasks"][:limit]:
+            typer.echo(f"{task['id']}  {task['state']:14}  {task['creation_time'][:19]}  {task.get('name', '')}")
+        limit -= len(page["tasks"])
+        params["page_token"] = page.get("next_page_token") or ""
+        if not params["page_token"]:
+            break
 
 
 def wait(task_id: TaskId, url: Url = HERE) -> None:

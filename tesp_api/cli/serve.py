@@ -11,7 +11,7 @@ import uvicorn
 from tesp_api import logs
 from tesp_api.app import create_app
 from tesp_api.errors import TespError
-from tesp_api.settings import load
+from tesp_api.settings import load, prepare_data_dir
 
 
 def serve(
@@ -25,6 +25,7 @@ def serve(
     try:
         settings = load(settings_file, overrides={key: value for key, value in given.items() if value is not None})
         logs.configure(settings.logging.level, as_json=settings.logging.output_json)
+        prepare_data_dir(settings)
         app = create_app(settings)
     except TespError as error:
         typer.echo(f"tesp-api cannot start: {error}", err=True)

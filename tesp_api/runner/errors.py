@@ -3,6 +3,7 @@
 Problem            the job cannot be carried out; `str()` is one clear sentence for system_logs
 ├── Refused        a path leads somewhere it may not
 ├── Missing        there is nothing at a path or URL
+│   └── Gone           not even the mount or file root that it would lie in
 └── EngineError    the container engine failed
     └── CommandError   the container could not be started because of the executor's own command
 Stopped            someone asked the job to stop; not a problem, and never logged as one
@@ -19,6 +20,10 @@ class Refused(Problem):
 
 class Missing(Problem):
     """There is nothing at that place."""
+
+
+class Gone(Missing):
+    """The directory of a mount or file root is not on the node."""
 
 
 class EngineError(Problem):

@@ -1,6 +1,7 @@
 """From a plan's mounts to directories and files that exist on the node."""
 
 import os
+import stat
 from typing import List, NamedTuple, Optional
 
 from . import job
@@ -81,4 +82,5 @@ def _live(mount: job.Mount, allowed: Tree) -> Bound:
     real = os.path.realpath(mount.at)
     if allowed.stat(real) is None:
         raise Refused("%s lies outside the file roots" % mount.at)
-    return Bound(mount.target, real, mount.kind, mount.read_only, True)
+    kind = job.DIRECTORY if stat.S_ISDIR(facts.st_mode) else mount.kind  # FILE may only mean that nobody said
+    return Bound(mount.target, real, kind, mount.read_only, True)

@@ -41,6 +41,8 @@ class Staging:
         self._watch = watch
         self._note = note
         self._single = {bound.target.rstrip("/") for bound in bounds if bound.kind == job.FILE and not bound.live}
+        self._files = {bound.target.rstrip("/") for bound in bounds if bound.kind == job.FILE}
+        self._where = ""  # the field that a transfer's notes are about
         self._transfers: "Dict[str, Transfer]" = {}
         self.sent: List[job.OutputFile] = []
 
@@ -53,10 +55,11 @@ class Staging:
                 raise Problem("%s: %s" % (path, reason(error)))
         for index, item in enumerate(self._plan.inputs):
             self._watch.check()
+            self._where = "inputs[%d]" % index
             try:
                 self._fetch(item)
             except (OSError, Problem) as error:
-                raise Problem("inputs[%d]%s: %s" % (index, _part(error, item.url), reason(error)))
+                raise Problem("%s%s: %s" % (self._where, _part(error, item.url), reason(error)))
 
     def send_all(self, succeeded: bool) -> List[str]:
         """Send every output that there is; what went wrong, a sentence each. `sent` holds what was sent, also after
@@ -64,7 +67,7 @@ class Staging:
         problems: List[str] = []
         for index, item in enumerate(self._plan.outputs):
             self._watch.check()
-            where = "outputs[%d]" % index
+            where = self._where = "outputs[%d]" % index
             try:
                 self._send(where, item)
             except Missing as error:
@@ -79,10 +82,22 @@ class Staging:
             self._write(item.path, item.content.encode("utf-8", "surrogatepass"))
         elif not item.url:
             raise Problem("neither url nor content is given")
-        elif item.kind == job.DIRECTORY:
+        elif item.kind == job.DIRECTORY or self._is_directory_after_all(item.path, item.url):
             self._fetch_directory(item.path, item.url)
         else:
             self._fetch_file(self._transfer(item.url), item.path, item.url)
+
+    def _is_directory_after_all(self, path: str, url: str) -> bool:
+        """Whether there is a directory at the URL of an input that the plan takes for a file, as it takes all whose
+        type nobody gave."""
+        transfer = self._transfer(url)
+        if not transfer.is_directory(url):
+            return False
+        if path.rstrip("/") in self._files:
+            said = "%s is a directory, but %s is mounted as a single file; give the input the type DIRECTORY"
+            raise Problem(said % (show(transfer.public(url)), show(path)))
+        self._note("%s: %s is a directory, and taken as one" % (self._where, show(transfer.public(url))))
+        return True
 
     def _write(self, path: str, data: bytes) -> None:
         from .transfer import write_all
@@ -137,7 +152,12 @@ class Staging:
         elif item.kind == job.DIRECTORY:
             self._send_directory(where, transfer, item.path, item.url)
         else:
-            self._send_file(transfer, _Upload(item.path, item.url))
+            facts = self._tree.stat(item.path)
+            if facts is not None and stat.S_ISDIR(facts.st_mode):
+                self._note("%s: %s is a directory, and sent as one" % (where, show(item.path)))
+                self._send_directory(where, transfer, item.path, item.url)
+            else:
+                self._send_file(transfer, _Upload(item.path, item.url))
 
     def _matches(self, pattern: str) -> List[str]:
         from .pattern import matches
@@ -166,14 +186,14 @@ class Staging:
             raise Missing("%s does not exist" % show(path))
         if not stat.S_ISDIR(facts.st_mode):
             raise Refused("%s is a file, not a directory" % show(path))
-        transfer.make_directory(url)
+        _make_directory(transfer, url)
         for found in self._tree.walk(path):
             self._watch.check()
             target = transfer.join(url, found.relative)
             if found.kind == job.FILE:
                 self._send_file(transfer, _Upload(found.path, target))
             elif found.kind == job.DIRECTORY:
-                transfer.make_directory(target)
+                _make_directory(transfer, target)
             else:
                 self._note("%s: left out: %s: %s" % (where, show(found.path), found.problem))
 
@@ -193,12 +213,15 @@ class Staging:
             os.close(fd)
         self.sent.append(job.OutputFile(_text(transfer.public(upload.url)), _text(upload.path), size))
 
+    def _note_of_url(self, line: str) -> None:
+        self._note("%s.url: %s" % (self._where, line))
+
     def _transfer(self, url: str) -> "Transfer":
         from .transfer import Context, open_transfer, scheme_of
 
         scheme = scheme_of(url)
         if scheme not in self._transfers:
-            context = Context(roots_tree(self._plan.file_roots), self._watch)
+            context = Context(roots_tree(self._plan.file_roots), self._watch, note=self._note_of_url)
             try:
                 self._transfers[scheme] = open_transfer(url, context)
             except Problem as error:
@@ -212,6 +235,13 @@ class _At(Problem):
     def __init__(self, part: str, error: BaseException) -> None:
         super().__init__(reason(error))
         self.part = part
+
+
+def _make_directory(transfer: "Transfer", url: str) -> None:
+    try:
+        transfer.make_directory(url)
+    except (OSError, Problem) as error:  # also Missing: it is not the output that is missing
+        raise _At(".url", error)
 
 
 def _part(error: BaseException, url: Optional[str]) -> str:

@@ -14,7 +14,7 @@ import stat as modes
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 from . import job
-from .errors import Missing, Problem, Refused
+from .errors import Gone, Missing, Problem, Refused
 
 _LINKS = 40  # as many as Linux follows
 _DEPTH = 500  # each level of a path takes a descriptor while it is walked, of usually 1024
@@ -26,12 +26,16 @@ Parts = Tuple[bytes, ...]
 
 
 class Point(NamedTuple):
-    """A place where the tree touches the node: `path` in the tree is `real` on the node, itself free of links."""
+    """A place where the tree touches the node: `path` in the tree is `real` on the node, itself free of links.
+
+    `what` is what messages call it.
+    """
 
     path: str
     real: str
     kind: str = job.DIRECTORY
     writable: bool = True
+    what: str = "mount"
 
 
 class Found(NamedTuple):
@@ -119,9 +123,11 @@ class Tree:
             self._above.update(at[:length] for length in range(len(at)))
 
     def stat(self, path: str) -> Optional[os.stat_result]:
-        """What lies at the path, links followed; None if nothing does."""
+        """What lies at the path, links followed; None if nothing does. Gone if its point is not there."""
         try:
             spot = self._locate(path)
+        except Gone:
+            raise
         except Missing:
             return None
         try:
@@ -189,7 +195,12 @@ class Tree:
 
     def make_directory(self, path: str) -> None:
         """Make the directory and its parents, unless they exist."""
-        self._locate(path + "/.", make=True, make_last=True).close()
+        spot = self._locate(path or "/", make=True, make_last=True)
+        try:
+            if spot.root and spot.point is not None and spot.point.kind == job.DIRECTORY:
+                os.close(_enter(spot.point))  # nothing else would notice before there is a file to put there
+        finally:
+            spot.close()
 
     def names(self, path: str) -> List[str]:
         """The names in a directory, sorted; none if there is no such directory or it lies outside."""
@@ -272,7 +283,7 @@ class Tree:
             if root is not None:
                 if not todo:
                     return _Spot((), None, b"", root, root=True)
-                stack[0] = _Level(b"", os.open(encode(root.real), _DIRECTORY), root)
+                stack[0] = _Level(b"", _enter(root), root)
             while todo:
                 name = todo.pop()
                 if name == b"..":
@@ -286,7 +297,7 @@ class Tree:
                         return _Spot(here, None, name, point, root=True)
                     if point.kind == job.FILE:
                         raise Missing("%s does not exist: it leads through a file" % show(path))
-                    stack.append(_Level(name, os.open(encode(point.real), _DIRECTORY), point))
+                    stack.append(_Level(name, _enter(point), point))
                     continue
                 top = stack[-1]
                 if top.fd is None:
@@ -394,10 +405,20 @@ def roots_tree(roots: List[job.FileRoot], keep: Callable[[job.FileRoot], bool] =
         if not keep(root):
             continue
         real = os.path.realpath(root.path)
-        points.append(Point(root.path, real, job.DIRECTORY, root.write))
+        points.append(Point(root.path, real, job.DIRECTORY, root.write, "file root"))
         if real != os.path.normpath(root.path):
-            points.append(Point(real, real, job.DIRECTORY, root.write))
+            points.append(Point(real, real, job.DIRECTORY, root.write, "file root"))
     return Tree(points)
+
+
+def _enter(point: Point) -> int:
+    """A descriptor of the point's own directory."""
+    try:
+        return os.open(encode(point.real), _DIRECTORY)
+    except FileNotFoundError:
+        raise Gone("the %s %s does not exist on the node" % (point.what, show(point.path)))
+    except NotADirectoryError:
+        raise Gone("the %s %s is not a directory on the node" % (point.what, show(point.path)))
 
 
 def _drop(stack: List[_Level], keep: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -17,8 +18,8 @@ import pytest
 from tesp_api.runner import job
 from tesp_api.runner.errors import Problem, Stopped
 from tesp_api.runner.jobdir import JobDirectory
-from tesp_api.runner.transfer import Context, Source, Transfer, open_transfer
-from tesp_api.runner.tree import roots_tree
+from tesp_api.runner.transfer import Context, Source, Transfer, file, open_transfer
+from tesp_api.runner.tree import Tree, reason, roots_tree
 from tesp_api.runner.watch import Watch
 
 
@@ -170,6 +171,14 @@ def test_what_is_missing_is_a_problem_that_names_it(store: Store) -> None:
         store.fetch(store.url("none"))
 
 
+@pytest.mark.parametrize("scheme", ["file", "bare"])
+def test_a_directory_can_be_told_from_a_file(tmp_path: Path, scheme: str) -> None:
+    store = Store(tmp_path, scheme)
+    store.put("d/f", b"")
+    told = [store.transfer.is_directory(store.url(name)) for name in ("d", "d/", "d/f", "none", "d/f/g", "")]
+    assert told == [True, True, False, False, False, True]
+
+
 def test_a_directory(store: Store) -> None:
     for name in ("a", "sub dir/b", "sub dir/\u00fc/c"):
         store.put("d/" + name, name.encode())
@@ -235,6 +244,48 @@ def test_a_copy_can_be_executed_if_the_original_can(tmp_path: Path) -> None:
     (store.place / "f").chmod(0o755)
     store.fetch(store.url("f"))
     assert (tmp_path / "target").stat().st_mode & 0o111 == 0o111
+
+
+def test_what_the_system_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same kind as before: a full disk must be known as one."""
+    store = Store(tmp_path, "file")
+    store.put("f", b"x")
+
+    def full(*arguments: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def denied(*arguments: Any) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    for module, name, fails, errors in (
+        (Tree, "open_read", denied, ["", None, None]),
+        (Tree, "draft", denied, [None, "", None]),
+        (Tree, "make_directory", denied, [None, None, ""]),
+        (file, "copy_sparse", full, ["copying ", "copying to ", None]),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fails)
+            actions = (
+                lambda: store.fetch(store.url("f")),
+                lambda: store.send(store.url("f"), b"x"),
+                lambda: store.transfer.make_directory(store.url("f2")),
+            )
+            for action, start, at in zip(actions, errors, ("f", "f", "f2"), strict=True):
+                if start is None:
+                    continue
+                with pytest.raises(OSError, match=f"{at}: ") as caught:
+                    action()
+                code = errno.ENOSPC if fails is full else errno.EACCES
+                assert (caught.value.errno, reason(caught.value)) == (
+                    code,
+                    f"{start}{store.place}/{at}: {os.strerror(code)}",
+                )
+
+
+def test_a_file_url_of_another_host_is_told_without_its_login(tmp_path: Path) -> None:
+    with pytest.raises(Problem, match="file://h/x names another host") as caught:
+        Store(tmp_path, "file").fetch("file://me:pass@h/x")
+    assert "pass" not in str(caught.value)
 
 
 # http
@@ -346,8 +397,8 @@ def test_a_dead_server_is_a_problem(tmp_path: Path) -> None:
         url = f"http://u:secret@127.0.0.1:{unused.getsockname()[1]}/x"
         store.transfer = open_transfer(url, store.transfer.context)
         with pytest.raises(Problem, match="refused") as caught:
-            store.fetch(url)
-    assert "secret" not in str(caught.value)
+            store.fetch(url + "?q=hidden")
+    assert str(caught.value) == url.replace("u:secret@", "") + ": Connection refused, 5 times"
 
 
 @pytest.mark.parametrize("code", [405, 501])
@@ -370,11 +421,76 @@ def test_logins_go_to_their_server_and_into_no_message(web: Store) -> None:
     headers = server_of(web).requests[-1][2]
     assert headers["Authorization"] == "Basic bWU6cGFzcyB3b3Jk"
     assert web.transfer.public(url + "?X-Amz-Signature=abc") == web.url("f")
-    assert web.transfer.public(web.url("f") + "?a=b") == web.url("f") + "?a=b"
+    assert web.transfer.public(url + "?a=b&c#d") == web.url("f")  # any name may be that of a secret
+    for odd in ("http://me:pa/ss@h/", "http://me:pa?ss@h/", "http://me:pa#ss@h/"):
+        assert web.transfer.public(odd) == "http:..."
+        with pytest.raises(Problem) as caught:
+            web.fetch(odd)
+        assert "pa" not in str(caught.value)
     with pytest.raises(Problem) as caught:
-        web.fetch(url + "none?sig=abc")
+        web.fetch(url + "none?x=abc")
+    assert web.url("fnone answers").replace("%20", " ") in str(caught.value)
     assert "pass" not in str(caught.value)
     assert "abc" not in str(caught.value)
+
+
+def test_where_a_redirection_leads_is_told_without_secrets(web: Store) -> None:
+    server_of(web).trouble = lambda handler: answer(handler, 302, Location="s3://me:pass@h/x?sig=abc")
+    with pytest.raises(Problem, match="s3://h/x") as caught:
+        web.fetch(web.url("f"))
+    assert "pass" not in str(caught.value)
+    assert "abc" not in str(caught.value)
+
+
+@pytest.mark.parametrize("action", ["fetch", "send", "entries"])
+def test_a_connection_that_breaks_is_named(web: Store, action: str) -> None:
+    def trouble(handler: Handler) -> bool:
+        handler.close_connection = True
+        if action == "entries":
+            handler.send_response(200)
+            handler.send_header("Content-Length", "10")
+            handler.end_headers()
+        return True
+
+    server_of(web).trouble = trouble
+    url = web.url("f").replace("http://", "http://me:word@") + "?q=abc"
+    actions: dict[str, Callable[[], object]] = {
+        "fetch": lambda: web.fetch(url),
+        "send": lambda: web.send(url, b"x"),
+        "entries": lambda: list(web.transfer.entries(url)),
+    }
+    with pytest.raises(Problem) as caught:
+        actions[action]()
+    assert str(caught.value).startswith(web.url("f") + ("/: " if action == "entries" else ": "))
+    assert str(caught.value).endswith(", 5 times")
+    assert "abc" not in str(caught.value)
+    assert "word" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "good"),
+    [
+        ("text/html", True),
+        ("Text/HTML; charset=utf-8", True),
+        ("application/xhtml+xml", True),
+        ("", True),
+        ("text/plain", False),
+        ("application/octet-stream;x=y", False),
+        ("nonsense", False),
+    ],
+)
+def test_only_html_is_a_listing(web: Store, kind: str, good: bool) -> None:
+    """What is taken for an empty directory would be data lost without a word."""
+    page = b'<a href="a">a</a>'
+    server_of(web).trouble = lambda handler: answer(handler, 200, page, **({"Content-Type": kind} if kind else {}))
+    if good:
+        assert [one.relative for one in web.transfer.entries(web.url("d") + "?t=1")] == ["a"]
+        return
+    with pytest.raises(Problem) as caught:
+        list(web.transfer.entries(web.url("d") + "?t=1"))
+    said = f"{web.url('d/')} is no directory listing (Content-Type {kind.partition(';')[0]})"
+    assert str(caught.value) == said
+    assert len(server_of(web).requests) == 1
 
 
 def test_a_login_does_not_follow_a_redirection_to_another_server(web: Store, tmp_path: Path) -> None:

@@ -180,10 +180,10 @@ def test_what_cannot_be_staged_is_one_sentence_that_names_the_field(
         (job.Output("/single", "{data}/x"), "outputs[0].path: /single does not exist"),
         (job.Output("/w/link", "{data}/x"), "outputs[0]: /w/link leads outside"),
         (job.Output("/w/fifo", "{data}/x"), "outputs[0]: /w/fifo is not a regular file"),
-        (job.Output("/w", "{data}/x"), "outputs[0]: /w is a directory"),
         (job.Output("/w/file", "{data}/x", job.DIRECTORY), "outputs[0]: /w/file is a file, not a directory"),
         (job.Output("/w/file", "/etc/x"), "outputs[0].url: /etc/x leads outside"),
         (job.Output("/w/file", "ftpx://h/x"), "outputs[0].url: cannot transfer"),
+        (job.Output("/w", "/etc/x", job.DIRECTORY), "outputs[0].url: /etc/x leads outside"),
     ],
 )
 def test_missing_outputs(make: Make, tmp_path: Path, output: job.Output, said: str) -> None:
@@ -196,6 +196,95 @@ def test_missing_outputs(make: Make, tmp_path: Path, output: job.Output, said: s
     assert good.system_logs[-1].startswith(said)
     bad = make(sh(script + "4"), **plan).run()
     assert (bad.state, bad.executors[0].exit_code) == ("EXECUTOR_ERROR", 4)
+
+
+@pytest.mark.parametrize("state", ["COMPLETE", "EXECUTOR_ERROR"])
+@pytest.mark.parametrize("kind", [job.FILE, job.DIRECTORY])
+@pytest.mark.parametrize("script", ["echo x > /w/d/f", "true"])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_file_root_that_the_node_does_not_have(
+    make: Make, tmp_path: Path, state: str, kind: str, script: str, there: bool
+) -> None:
+    """It is named, whatever became of the executor: nothing is sent, and that is no matter of the output's path."""
+    root = tmp_path / "gone"
+    if there:
+        root.touch()
+    said = f"the file root {root} " + ("is not a directory on the node" if there else "does not exist on the node")
+    end = "0" if state == "COMPLETE" else "3"
+    output = job.Output("/w/d", str(root), kind) if kind == job.DIRECTORY else job.Output("/w/g", f"{root}/a/b")
+    plan = {"outputs": [output], "mounts": mounts("/w"), "file_roots": [job.FileRoot(str(root))]}
+    result = make(sh(f"mkdir /w/d; {script}; echo y > /w/g; exit {end}"), **plan).run()
+    assert result.system_logs[-1] == f"outputs[0].url: {said}"
+    assert result.state == ("SYSTEM_ERROR" if state == "COMPLETE" else state)
+    for way in (job.FILE, job.DIRECTORY):
+        result = make(sh("true"), **{**plan, "inputs": [job.Input("/w/x", way, f"file://{root}/a")]}).run()
+        assert (result.state, result.system_logs[-1]) == ("SYSTEM_ERROR", f"inputs[0].url: {said}")
+
+
+@pytest.mark.parametrize("scheme", ["http", "file", "bare"])
+def test_an_output_file_that_is_a_directory_is_sent_as_one(make: Make, tmp_path: Path, scheme: str) -> None:
+    """Nobody need have said that it is a file: that is what TES takes a type that is not given for."""
+    store = Store(tmp_path, scheme)
+    try:
+        made = make(
+            sh("mkdir -p /w/d/sub; echo 1 > /w/d/a; echo 2 > /w/d/sub/b"),
+            outputs=[job.Output("/w/d", store.url("up"))],
+            mounts=mounts("/w"),
+            file_roots=[job.FileRoot(str(store.place))],
+        )
+        result = made.run()
+        assert (result.state, result.system_logs[1:]) == (
+            "COMPLETE",
+            ["outputs[0]: /w/d is a directory, and sent as one"],
+        )
+        assert [(out.path, out.url) for out in result.outputs] == [
+            ("/w/d/a", store.url("up/a")),
+            ("/w/d/sub/b", store.url("up/sub/b")),
+        ]
+        assert (store.get("up/a"), store.get("up/sub/b")) == (b"1\n", b"2\n")
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("start", ["", "file://"])
+def test_an_input_file_that_is_a_directory_is_copied_as_one(make: Make, tmp_path: Path, start: str) -> None:
+    folder = tmp_path / "data" / "d"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "b").write_text("2")
+    inputs = [job.Input("/w/x", url=f"{start}{folder}")]
+    result = make(sh("cat /w/x/sub/b"), inputs=inputs, mounts=mounts("/w")).run()
+    assert (result.state, result.executors[0].stdout) == ("COMPLETE", "2")
+    assert f"inputs[0]: {start}{folder} is a directory, and taken as one" in result.system_logs
+
+
+def test_but_not_where_a_single_file_is_mounted(make: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "d"
+    folder.mkdir(parents=True)
+    plan = {"inputs": [job.Input("/one", url=str(folder))], "mounts": [job.Mount("/one", "one", job.FILE)]}
+    result = make(sh("true"), **plan).run()
+    assert (result.state, result.started) == ("SYSTEM_ERROR", False)
+    assert result.system_logs[-1] == (
+        f"inputs[0].url: {folder} is a directory, but /one is mounted as a single file; "
+        "give the input the type DIRECTORY"
+    )
+
+
+def test_a_listing_without_files_is_told(make: Make, tmp_path: Path) -> None:
+    store = Store(tmp_path, "http")
+    try:
+        for name in ("d/e1", "d/e2", "none"):
+            (store.place / name).mkdir(parents=True)
+        store.put("d/f", b"x")
+        inputs = [job.Input(f"/w/{name}", job.DIRECTORY, store.url(name)) for name in ("d", "none")]
+        result = make(sh("ls /w/d"), inputs=inputs, mounts=mounts("/w")).run()
+        assert (result.state, result.executors[0].stdout) == ("COMPLETE", "e1\ne2\nf\n")
+        told = [line for line in result.system_logs if "lists no" in line]
+        assert len(told) == 2
+        assert told[0].startswith(f"inputs[0].url: {store.url('d/e')}")
+        assert told[0].endswith("/ lists no files (nor do 1 other directories)")
+        assert told[1] == f"inputs[1].url: {store.url('none/')} lists no files"
+    finally:
+        store.close()
 
 
 def test_outputs_are_sent_as_far_as_they_exist_after_a_failure(make: Make, tmp_path: Path) -> None:

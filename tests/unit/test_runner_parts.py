@@ -210,6 +210,15 @@ def test_live_mounts_need_a_root_that_allows_it(tmp_path: Path) -> None:
             prepare([job.Mount("/t", str(place))], str(tmp_path / "tes"), allowed)
 
 
+def test_a_live_mount_is_what_lies_there(tmp_path: Path) -> None:
+    """FILE may only mean that the client gave no type."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "f").touch()
+    mounts = [job.Mount("/d", f"{tmp_path}/d", job.FILE), job.Mount("/f", f"{tmp_path}/f", job.FILE)]
+    bounds = prepare(mounts, f"{tmp_path}/tes", [job.FileRoot(str(tmp_path), mount=True)])
+    assert [bound.kind for bound in bounds] == [job.DIRECTORY, job.FILE]
+
+
 def test_mounts_have_the_modes_that_containers_need(tmp_path: Path) -> None:
     plan = [job.Mount("/tmp", "tmp"), job.Mount("/a/b", "b"), job.Mount("/a", "a"), job.Mount("/f", "f", job.FILE)]
     bounds = prepare(plan, str(tmp_path / "tes"), [])

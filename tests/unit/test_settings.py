@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from tesp_api.errors import SettingsError
-from tesp_api.settings import Settings, load
+from tesp_api.settings import Settings, load, prepare_data_dir
 
 FILE = Path(__file__).parent.parent.parent / "settings.toml"
 
@@ -71,7 +73,9 @@ def refused(
         ("[default.pulsar.status]\npoll_interval = 0", ["pulsar.status.poll_interval", "0"]),
         ("[default.dispatch]\nlease = 0.1", ["dispatch.lease"]),
         ('[default.logging]\nlevel = "LOUD"', ["logging.level", "DEBUG"]),
-        ('[default.pulsar]\nfile_roots = ["data"]', ["pulsar.file_roots.0"]),
+        ('[default.pulsar]\nfile_roots = ["data"]', ["pulsar.file_roots.0.path: must be an absolute path"]),
+        ("[default.pulsar]\nfile_roots = [5]", ["pulsar.file_roots.0: must be a table"]),
+        ("[default.pulsar]\nfile_roots = 5", ["pulsar.file_roots: must be a list"]),
         ('[default.pulsar]\nfile_roots = [{path = "/d", writable = true}]', ["file_roots.0.writable", "write"]),
         ('[[default.sites]]\ncarrier = "rest"', ["sites.0.name"]),
         ('[[default.sites]]\nname = "a b"\ncarrier = "rest"', ["sites.0.name"]),
@@ -186,3 +190,208 @@ def test_no_file_at_all_means_the_defaults(tmp_path: Path) -> None:
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(Exception, match="frozen"):
         Settings().server.port = 1  # type: ignore[misc]
+
+
+# Settings outside a profile
+
+
+@pytest.mark.parametrize("profile", ["default", "prod", "server"])
+@pytest.mark.parametrize(
+    ("text", "wrong", "right"),
+    [
+        ("[basic_auth]\nenable = true", "[basic_auth]", "[default.basic_auth]"),
+        ("[server]\nport = 1", "[server]", "[default.server]"),
+        ("[Server]\nport = 1", "[Server]", "[default.server]"),
+        ("[pulsar.status]\nmax_polls = 1", "[pulsar]", "[default.pulsar]"),
+        ('[[sites]]\nname = "a"\ncarrier = "local"', "[[sites]]", "[[default.sites]]"),
+    ],
+)
+def test_a_section_without_its_profile_is_refused(
+    tmp_path: Path, profile: str, text: str, wrong: str, right: str
+) -> None:
+    file = written(tmp_path, f"[prod.server]\nport = 2\n{text}\n")
+    assert refused(file, {"FASTAPI_PROFILE": profile}) == f"settings: {wrong} in {file} must be {right}"
+
+
+def test_a_key_outside_every_section_is_refused(tmp_path: Path) -> None:
+    file = written(tmp_path, "port = 1\n[default.server]\n")
+    assert refused(file).startswith(f"settings: port in {file} is in no section")
+
+
+def test_the_local_file_beside_it_is_looked_at_too(tmp_path: Path) -> None:
+    file = written(tmp_path, "[default.server]\nport = 1\n")
+    local = tmp_path / "s.local.toml"
+    local.write_text("[default.server]\nport = 2\n")
+    assert load(file, {}).server.port == 2
+    local.write_text("[basic_auth]\nenable = true\n")
+    assert refused(file) == f"settings: [basic_auth] in {local} must be [default.basic_auth]"
+
+
+# Values that cannot work
+
+
+@pytest.mark.parametrize("key", ["pulsar.url", "service.organization_url", "service.documentation_url"])
+@pytest.mark.parametrize(
+    "url",
+    ["notaurl", "ftp://h", "http://", "http:///x", "http://h:99999", "http://h:x", "http://[", "http://a b", "//h"],
+)
+def test_addresses_are_http_with_a_host(key: str, url: str) -> None:
+    assert refused(FILE, {}, {key: url}) == f"settings: {key}: must be http:// or https:// with a host"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("pulsar.url", "https://u:p@pulsar.example.org:8913/path"),
+        ("pulsar.url", "http://[::1]:8913"),
+        ("pulsar.url", ""),
+        ("service.documentation_url", ""),
+        ("service.contact_url", ""),
+        ("service.contact_url", "mailto:a@example.org"),
+        ("service.contact_url", "https://example.org/help"),
+        ("container.docker_host", "unix:///run/docker.sock"),
+        ("container.docker_host", "tcp://docker:2375"),
+        ("container.docker_host", "tcp://[::1]:2375"),
+    ],
+)
+def test_addresses_that_are_right(key: str, value: str) -> None:
+    section, _, name = key.partition(".")
+    assert getattr(getattr(load(FILE, {}, {key: value}), section), name) == value
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("service.organization_url", ""),
+        ("service.contact_url", "a@example.org"),
+        ("service.contact_url", "mailto:"),
+        ("container.docker_host", "http://h:2375"),
+        ("container.docker_host", "/var/run/docker.sock"),
+        ("container.docker_host", "unix://run/docker.sock"),
+        ("container.docker_host", "tcp://h"),
+        ("container.docker_host", "tcp://h:70000"),
+        ("container.docker_host", "ssh://h"),
+    ],
+)
+def test_addresses_that_are_wrong(key: str, value: str) -> None:
+    assert refused(FILE, {}, {key: value}).startswith(f"settings: {key}: must be ")
+
+
+def test_an_address_that_is_wrong_is_not_repeated() -> None:
+    assert "s3cret" not in refused(FILE, {"TESP_PULSAR__URL": "htp://u:s3cret@h"})
+
+
+def test_a_rest_site_needs_its_address(tmp_path: Path) -> None:
+    good = '[[default.sites]]\nname = "a"\ncarrier = "rest"\nurl = "http://h"\n'
+    assert load(written(tmp_path, good), {}).sites[0].url == "http://h"
+    file = written(tmp_path, good + '[[default.sites]]\nname = "b"\ncarrier = "rest"\n')
+    assert refused(file).startswith("settings: sites.1.url: ")
+    file = written(tmp_path, good.replace("http://h", "h"))
+    assert refused(file).startswith("settings: sites.0.url: must be http://")
+
+
+# Variables
+
+
+def test_one_text_is_a_list_of_one(tmp_path: Path) -> None:
+    settings = load(
+        FILE,
+        {
+            "TESP_EMBEDDED__FILE_ROOTS": "/data",
+            "TESP_SERVER__CORS_ORIGINS": "https://a.b",
+            "TESP_SERVICE__STORAGE": "file:///data",
+            "TESP_PULSAR__FILE_ROOTS": "",
+        },
+    )
+    assert [root.path for root in settings.embedded.file_roots] == ["/data"]
+    assert settings.server.cors_origins == ("https://a.b",)
+    assert settings.service.storage == ("file:///data",)
+    assert settings.pulsar.file_roots == ()
+    file = written(tmp_path, '[default.server]\ncors_origins = "*"\n')
+    assert load(file, {}).server.cors_origins == ("*",)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("TESP_EMBEDDED__FILE_ROOTS", '["rel"]', "embedded.file_roots.0.path: must be an absolute path (from {})"),
+        ("TESP_EMBEDDED__FILE_ROOTS", "rel", "embedded.file_roots.0.path: must be an absolute path (from {})"),
+        ("TESP_EMBEDDED__FILE_ROOTS", "5", "embedded.file_roots: must be a list (from {})"),
+        (
+            "TESP_SERVER__CORS_ORIGINS",
+            "https://a,https://b",
+            'server.cors_origins: must be a list such as ["a", "b"] where there is a comma (from {})',
+        ),
+        ("TESP_SITES", "foo", "sites: must be a list (from {})"),
+        ("TESP_SERVER", "foo", "server is a section, not a value (from {})"),
+        ("TESP_EMBEDDED__STATUS", "5", "embedded.status is a section, not a value (from {})"),
+        ("TESP_PORT", "1", "port is not a known key (from {}; do you mean TESP_SERVER__PORT?)"),
+        ("TESP_SERVER_PORT", "1", "server_port is not a known key (from {}; do you mean TESP_SERVER__PORT?)"),
+        ("TESP_SERVER__PROT", "1", "server.prot is not a known key (from {}; do you mean TESP_SERVER__PORT?)"),
+        ("TESP_MAX_JOBS", "1", "max_jobs is not a known key (from {}; do you mean TESP_PULSAR__MAX_JOBS or TESP_EMBE"),
+        ("TESP_NONSENSE", "1", "nonsense is not a known key (from {})"),
+        ("TESP_SERVER__PORT", "@int x", "the value of {} cannot be read"),
+        ("TESP_OAUTH__ENABLE", "true", "oauth.enable: this release does not have that yet; leave it unset (from {})"),
+        ("TESP_PULSAR__URL", "h", "pulsar.url: must be http:// or https:// with a host (from {})"),
+    ],
+)
+def test_the_variable_is_named(name: str, text: str, message: str) -> None:
+    assert refused(FILE, {name: text}).startswith("settings: " + message.format(name))
+    assert refused(FILE, {name: text}, {"server.host": "h"}).startswith("settings: " + message.format(name))
+
+
+def test_the_variable_is_named_only_where_it_is_to_blame(tmp_path: Path) -> None:
+    assert refused(FILE, {"CONTAINER_TYPE": "podman"}).endswith("(from CONTAINER_TYPE)")
+    environ = {"TESP_SERVER__HOST": "h", "TESP_SERVER__PORT": "1"}
+    assert "from" not in refused(FILE, environ, {"server.port": 70000})
+    assert "from" not in refused(written(tmp_path, "[default.pulsar]\nmax_jobs = -1"), environ)
+    assert refused(written(tmp_path, "[default]\nserver = 5"), environ) == "settings: server is a section, not a value"
+
+
+def test_a_whole_section_and_one_of_its_keys_in_any_order() -> None:
+    environ = {"TESP_SERVER__PORT": "2", "TESP_SERVER": '{port = 1, host = "h"}'}
+    settings = load(None, environ)
+    assert (settings.server.port, settings.server.host) == (2, "h")
+
+
+# The data directory
+
+
+def test_the_data_directory_is_made_for_its_owner_alone(tmp_path: Path) -> None:
+    directory = tmp_path / "a" / "data"
+    settings = load(FILE, {}, {"server.data_dir": directory})
+    prepare_data_dir(settings)
+    assert directory.stat().st_mode & 0o777 == 0o700
+    directory.chmod(0o750)
+    (directory / "kept").touch()
+    prepare_data_dir(settings)
+    assert directory.stat().st_mode & 0o777 == 0o750
+    assert [each.name for each in directory.iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize("directory", ["/etc/passwd", "/etc/passwd/x", "/proc/nope", "/proc", "/dev/null", "/a\0b"])
+def test_a_data_directory_that_cannot_be_used(directory: str) -> None:
+    with pytest.raises(
+        SettingsError, match=r"^settings: server\.data_dir: .*(is not a directory|cannot be written to)"
+    ):
+        prepare_data_dir(load(FILE, {}, {"server.data_dir": directory}))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_data_directory_of_somebody_else(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(SettingsError, match="cannot be written to: Permission denied"):
+        prepare_data_dir(load(FILE, {}, {"server.data_dir": tmp_path}))
+
+
+# docker-compose.yaml
+
+
+def test_the_variables_of_the_compose_file_are_not_taken_for_settings() -> None:
+    text = FILE.with_name("docker-compose.yaml").read_text()
+    used = set(re.findall(r"\$\{(\w+)", text))
+    assert used == {"HTTP_PORT", "FILES_DIR", "STAGING_DIR", "BASE_IMAGE", "MAX_JOBS", "PULSAR_TOKEN"}
+    given = yaml.safe_load(re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text))["services"]["tesp_api"]["environment"]
+    settings = load(None, given)
+    assert settings.pulsar.url == "http://pulsar:8913"
+    assert [root.path for root in settings.pulsar.file_roots] == ["/srv/tesp"]

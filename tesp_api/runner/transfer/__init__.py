@@ -17,12 +17,14 @@ _MODULES = {"": "file", "file": "file", "http": "http", "https": "http"}
 class Context(NamedTuple):
     """What a transfer may use: the node's file roots, and the wish to stop, which interrupts it.
 
-    `pause` is how many seconds pass before a second try; each further pause is twice as long.
+    `pause` is how many seconds pass before a second try; each further pause is twice as long. `note` tells the user
+    of what is odd but no problem.
     """
 
     roots: Tree
     watch: Watch
     pause: float = 0.5
+    note: Callable[[str], None] = lambda line: None
 
 
 class Entry(NamedTuple):
@@ -44,7 +46,7 @@ class Source(NamedTuple):
 class Transfer:
     """One scheme. Problem (or OSError) says what went wrong, Stopped that the job shall stop.
 
-    No credentials that a URL holds ever get into a message.
+    Each names what failed; no credentials that a URL holds, and no query, ever get into a message.
     """
 
     def __init__(self, context: Context) -> None:
@@ -53,6 +55,10 @@ class Transfer:
     def fetch(self, url: str, fd: int) -> None:
         """Write the file at `url` into the empty file `fd`, all of it or raise."""
         raise NotImplementedError
+
+    def is_directory(self, url: str) -> bool:
+        """Whether there is a directory at `url`, as far as the scheme can tell one from a file."""
+        return False
 
     def entries(self, url: str) -> Iterator[Entry]:
         """All that lies below the directory at `url`, directories before what is in them."""

@@ -2,11 +2,12 @@
 
 import os
 import stat
+from contextlib import contextmanager
 from typing import Iterator
 
 from .. import job
 from ..errors import Missing, Problem, Refused
-from ..tree import Draft, decode, show
+from ..tree import Draft, decode, reason, show
 from . import Entry, Source, Transfer, copy_sparse
 
 
@@ -15,21 +16,33 @@ class FileTransfer(Transfer):
 
     def fetch(self, url: str, fd: int) -> None:
         """See Transfer. The copy can be executed if the original can."""
-        source = self.context.roots.open_read(path_of(url))
+        path = path_of(url)
+        with _named(show(path)):
+            source = self.context.roots.open_read(path)
         try:
             facts = os.fstat(source)
-            if copy_sparse(source, fd, facts.st_size, self.context.watch.check) < facts.st_size:
-                raise Problem("%s became shorter while it was copied" % show(path_of(url)))
+            with _named("copying %s" % show(path)):
+                count = copy_sparse(source, fd, facts.st_size, self.context.watch.check)
+            if count < facts.st_size:
+                raise Problem("%s became shorter while it was copied" % show(path))
             mode = facts.st_mode
             if mode & 0o111:
                 os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | (mode & 0o111))
         finally:
             os.close(source)
 
+    def is_directory(self, url: str) -> bool:
+        """See Transfer."""
+        path = path_of(url)
+        with _named(show(path)):
+            facts = self.context.roots.stat(path)
+        return facts is not None and stat.S_ISDIR(facts.st_mode)
+
     def entries(self, url: str) -> Iterator[Entry]:
         """See Transfer. Links count as what they lead to; one that leads out of the roots is an error."""
         path = path_of(url)
-        facts = self.context.roots.stat(path)
+        with _named(show(path)):
+            facts = self.context.roots.stat(path)
         if facts is None:
             raise Missing("%s does not exist" % show(path))
         if not stat.S_ISDIR(facts.st_mode):
@@ -45,10 +58,13 @@ class FileTransfer(Transfer):
         path = path_of(url)
         if path.endswith("/"):
             raise Refused("%s names a directory" % show(path))
-        draft = self.context.roots.draft(path, source.executable)
+        with _named(show(path)):
+            draft = self.context.roots.draft(path, source.executable)
         try:
-            count = self._copy(source, draft)
-            draft.commit()
+            with _named("copying to %s" % show(path)):
+                count = self._copy(source, draft)
+            with _named(show(path)):
+                draft.commit()
         except BaseException:
             draft.discard()
             raise
@@ -59,7 +75,9 @@ class FileTransfer(Transfer):
 
     def make_directory(self, url: str) -> None:
         """See Transfer."""
-        self.context.roots.make_directory(path_of(url))
+        path = path_of(url)
+        with _named(show(path)):
+            self.context.roots.make_directory(path)
 
     def join(self, url: str, relative: str) -> str:
         """See Transfer. A bare path is no URL: nothing in it is encoded."""
@@ -72,6 +90,15 @@ class FileTransfer(Transfer):
         return url.rstrip("/") + "/" + quote_from_bytes(encode(relative))
 
 
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Give the system's errors, which say only what went wrong, the name of what they are about."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, "%s: %s" % (what, reason(error)))  # still of the same kind
+
+
 def path_of(url: str) -> str:
     """The path on the node that a `file:` URL or a bare path names."""
     path = url
@@ -82,7 +109,7 @@ def path_of(url: str) -> str:
         if rest.startswith("//"):
             host, slash, rest = rest[2:].partition("/")
             if host.lower() not in ("", "localhost", "127.0.0.1"):
-                raise Refused("%s names another host" % url)
+                raise Refused("file://%s%s names another host" % (host.rpartition("@")[2], slash + rest))
             rest = slash + rest
         path = decode(unquote_to_bytes(rest))
     if not path.startswith("/"):

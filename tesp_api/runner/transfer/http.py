@@ -23,9 +23,11 @@ _DEPTH = 32
 _ENTRIES = 100000
 _LISTING = 16 * 1024 * 1024
 _REDIRECTS = 5
-_SECRET = ("sig", "signature", "token", "key", "credential", "password", "secret", "policy", "auth")
+_HTML = ("text/html", "application/xhtml+xml")
 
 _CONTROL = re.compile("[\\x00-\\x1f\\x7f]")
+_LOGIN = re.compile("//[^/\\s]*@")
+_QUERY = re.compile("[?][^\\s'\"]*")
 
 T = TypeVar("T")
 
@@ -58,6 +60,7 @@ class HttpTransfer(Transfer):
 
         self._usable(url)
         count = 0
+        empty: List[str] = []
         todo: List[Tuple[str, str, int]] = [("", _as_directory(url), 0)]
         while todo:
             relative, folder, depth = todo.pop()
@@ -70,6 +73,8 @@ class HttpTransfer(Transfer):
                 listed = links(page, final)
             except ValueError as error:
                 raise Problem("%s cannot be read as a listing: %s" % (self.public(folder), error))
+            if not listed:
+                empty.append(self.public(folder))
             count += len(listed)
             if count > _ENTRIES:
                 raise Problem("%s lists more than %d entries" % (self.public(url), _ENTRIES))
@@ -80,6 +85,9 @@ class HttpTransfer(Transfer):
                     todo.append((path, target, depth + 1))
                 else:
                     yield Entry(path, target, False)
+        if empty:  # an empty directory, or a page that is no listing: who knows
+            more = " (nor do %d other directories)" % (len(empty) - 1) if len(empty) > 1 else ""
+            self.context.note("%s lists no files%s" % (show(empty[0]), more))
 
     def send(self, url: str, source: Source) -> int:
         """See Transfer."""
@@ -90,16 +98,17 @@ class HttpTransfer(Transfer):
         return source.size
 
     def public(self, url: str) -> str:
-        """See Transfer: without user and password, and without the query if it looks like a signature."""
+        """See Transfer: without user, password and query. No list of names would hold all that are secret."""
         try:
             split = urllib.parse.urlsplit(url)
         except ValueError:
-            return url.partition(":")[0] + ":..."  # who knows where in it a password stands
-        query = split.query
-        names = [part.partition("=")[0].lower() for part in query.split("&")]
-        if any(word in name for name in names for word in _SECRET):
-            query = ""
-        return split._replace(netloc=split.netloc.rpartition("@")[2], query=query, fragment="").geturl()
+            return _hidden(url)
+        if not _has_port(split) and "@" in url.replace(split.netloc, "", 1):  # a password with a slash in it
+            return _hidden(url)
+        return split._replace(netloc=split.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+    def _again(self, url: str, said: str) -> _Again:
+        return _Again("%s: %s" % (show(self.public(url)), said))
 
     def _usable(self, url: str) -> Tuple[str, str]:
         """See `_split_login`; Problem if it cannot be."""
@@ -117,18 +126,18 @@ class HttpTransfer(Transfer):
             answer = self._open(url, headers=headers)
         except _BadRange:
             os.ftruncate(fd, 0)
-            raise _Again("the server could not resume")
+            raise self._again(url, "the server could not resume")
         with answer:
             if answer.getcode() != 206 or _range_start(answer.headers) != have:
                 if answer.getcode() == 206:
                     validator.clear()
                     os.ftruncate(fd, 0)
-                    raise _Again("the server resumed at the wrong place")
+                    raise self._again(url, "the server resumed at the wrong place")
                 os.ftruncate(fd, 0)
             validator[:] = _validator(answer.headers)
-            self._receive(answer, fd)
+            self._receive(url, answer, fd)
 
-    def _receive(self, answer: Any, fd: int) -> None:
+    def _receive(self, url: str, answer: Any, fd: int) -> None:
         expected = _length(answer.headers)
         count = 0
         while True:
@@ -136,28 +145,35 @@ class HttpTransfer(Transfer):
             try:
                 data = answer.read(BLOCK)
             except (OSError, http.client.HTTPException) as error:
-                raise _Again(_said(error))
+                raise self._again(url, _said(error))
             if not data:
                 break
-            write_all(fd, data)
+            try:
+                write_all(fd, data)
+            except OSError as error:
+                raise OSError(error.errno, "storing %s: %s" % (show(self.public(url)), _said(error)))
             count += len(data)
         if expected is not None and count != expected:
-            raise _Again("%d of %d bytes came" % (count, expected))
+            raise self._again(url, "%d of %d bytes came" % (count, expected))
         whole = _range_size(answer.headers) if answer.getcode() == 206 else None
         have = os.lseek(fd, 0, os.SEEK_END)
         if whole is not None and have != whole:  # a part that nobody asked for, or less than was asked for
-            raise _Again("%d of %d bytes came" % (have, whole))
+            raise self._again(url, "%d of %d bytes came" % (have, whole))
 
     def _page(self, url: str) -> Tuple[str, str]:
         headers = {"Accept": "text/html", "Accept-Encoding": "identity"}
         with self._open(url, headers=headers) as answer:
+            kind = answer.headers.get("Content-Type") or ""
+            if kind and kind.partition(";")[0].strip().lower() not in _HTML:
+                kind = show(kind.partition(";")[0].strip()[:80])
+                raise Problem("%s is no directory listing (Content-Type %s)" % (show(self.public(url)), kind))
             data = b""
             while len(data) <= _LISTING:
                 self.context.watch.check()
                 try:
                     block = answer.read(BLOCK)
                 except (OSError, http.client.HTTPException) as error:
-                    raise _Again(_said(error))
+                    raise self._again(url, _said(error))
                 if not block:
                     break
                 data += block
@@ -165,7 +181,7 @@ class HttpTransfer(Transfer):
                 raise Problem("%s is longer than %d bytes" % (self.public(url), _LISTING))
             expected = _length(answer.headers)
             if expected is not None and len(data) != expected:
-                raise _Again("%d of %d bytes of the listing came" % (len(data), expected))
+                raise self._again(url, "%d of %d bytes of the listing came" % (len(data), expected))
             final = answer.geturl()
         return data.decode("utf-8", "surrogateescape"), _as_directory(final)
 
@@ -194,7 +210,7 @@ class HttpTransfer(Transfer):
                 return
             except _Moved as moved:
                 url = moved.target
-        raise Problem("too many redirections")
+        raise Problem("%s: too many redirections" % show(self.public(url)))
 
     def _open(self, url: str, method: str = "GET", body: Any = None, headers: Optional[Dict[str, str]] = None) -> Any:
         """The answer, if it is a good one; _Again if another try may help, else Problem."""
@@ -214,10 +230,10 @@ class HttpTransfer(Transfer):
             self.context.watch.check()
             if isinstance(cause, str) or "CERTIFICATE_VERIFY_FAILED" in str(cause):  # it will not get better
                 raise Problem("%s: %s" % (self.public(url), cause))
-            raise _Again(_said(cause if isinstance(cause, BaseException) else error))
+            raise self._again(url, _said(cause if isinstance(cause, BaseException) else error))
 
     def _refused(self, url: str, method: str, error: urllib.error.HTTPError) -> None:
-        why = " ".join(str(error.reason).split())  # urllib's own are several lines
+        why = _clean(" ".join(str(error.reason).split()))  # urllib's own are several lines, and name where it leads
         said = "%s answers %d %s" % (self.public(url), error.code, ascii(why).strip("'\""))
         if error.code == 416:
             raise _BadRange(said)
@@ -382,8 +398,8 @@ def _split_login(url: str) -> Tuple[str, str]:
     login, at, host = split.netloc.rpartition("@")
     if not split.hostname or " " in host:
         raise ValueError("it names no host")
-    if split.port == 0:  # a ValueError if it is no number, or too large
-        raise ValueError("its port is 0")
+    if not _has_port(split):  # Python's own words would hold what may be half a password
+        raise ValueError("its port is not a number from 1 to 65535")
     path = urllib.parse.quote(encode(split.path), safe="/%:;=@!$&'()*+,~-._") or "/"
     query = urllib.parse.quote(encode(split.query), safe="/%:;=@!$&'()*+,~-._?")
     bare = split._replace(netloc=host, path=path, query=query, fragment="").geturl()
@@ -392,6 +408,19 @@ def _split_login(url: str) -> Tuple[str, str]:
     user, _, password = login.partition(":")
     pair = urllib.parse.unquote(user) + ":" + urllib.parse.unquote(password)
     return bare, "Basic " + base64.b64encode(pair.encode("utf-8")).decode("ascii")
+
+
+def _has_port(split: urllib.parse.SplitResult) -> bool:
+    """Whether there is a port that can be used, or none at all."""
+    try:
+        return split.port != 0
+    except ValueError:
+        return False
+
+
+def _hidden(url: str) -> str:
+    """What can be shown of a URL if nobody knows where in it a password stands."""
+    return url.partition(":")[0] + ":..."
 
 
 def _with_login(target: str, url: str) -> str:
@@ -442,4 +471,9 @@ def _said(error: BaseException) -> str:
         return "no answer within %d s" % _TIMEOUT
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    return _clean(str(error)) or type(error).__name__
+
+
+def _clean(text: str) -> str:
+    """What others say of a URL, without user, password and query."""
+    return _QUERY.sub("", _LOGIN.sub("//", text))

@@ -1,0 +1,148 @@
+"""`tesp`: what its commands say about what the user got wrong, in one line, and lists longer than a page."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from tesp_api.cli import app, client
+
+ROOT = Path(__file__).parents[2]
+
+
+def tesp(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return python("-m", "tesp_api", *arguments, cwd=cwd, **variables)
+
+
+def python(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+# serve
+
+
+@pytest.mark.parametrize("directory", ["/etc/passwd", "/proc/nope"])
+def test_a_data_directory_that_cannot_be_is_one_line(tmp_path: Path, directory: str) -> None:
+    done = tesp("serve", "--port", "0", "--data-dir", directory, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"tesp-api cannot start: settings: server.data_dir: {directory} ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_app_for_uvicorn_says_it_too(tmp_path: Path) -> None:
+    done = python("-c", "import tesp_api.tesp_api", cwd=tmp_path, TESP_SERVER__DATA_DIR="/etc/passwd")
+    assert done.returncode == 1
+    assert done.stderr == "tesp-api cannot start: settings: server.data_dir: /etc/passwd is not a directory\n"
+
+
+def test_a_value_for_a_section_is_one_line(tmp_path: Path) -> None:
+    done = tesp("serve", "--port", "0", cwd=tmp_path, TESP_SERVER="foo")
+    assert done.returncode == 2
+    assert done.stderr == "tesp-api cannot start: settings: server is a section, not a value (from TESP_SERVER)\n"
+
+
+def test_a_section_without_its_profile_does_not_start_an_open_service(tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text("[basic_auth]\nenable = true\n")
+    done = tesp("serve", "--port", "0", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.endswith("[basic_auth] in settings.toml must be [default.basic_auth]\n")
+
+
+def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = tesp("serve", "--port", port, "--data-dir", str(tmp_path / "data"), cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    [line] = [line for line in done.stderr.splitlines() if "ERROR" in line]
+    assert port in line
+    assert "address already in use" in line
+
+
+# run
+
+
+def test_a_task_file_that_is_not_there(tmp_path: Path) -> None:
+    for name, reason in (("nofile.json", "No such file or directory"), (".", "Is a directory")):
+        done = tesp("run", name, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (2, f"{name}: {reason}\n")
+
+
+# list and run, against a server that pages
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A server with 2500 tasks, at most 1000 to a page; the queries and bodies that it saw."""
+    seen: list[dict[str, Any]] = []
+
+    def request(method: str, url: str, **more: Any) -> httpx.Response:
+        if method == "POST":
+            seen.append({"body": more["content"]})
+            return httpx.Response(200, json={"id": "new"})
+        params = more["params"]
+        seen.append(params.copy())
+        size, start = int(params["page_size"]), int(params.get("page_token", "0"))
+        if not 0 < size <= 1000:
+            return httpx.Response(400, json={"message": "page_size"})
+        end = min(start + size, 2500)
+        tasks = [
+            {"id": f"t{index}", "state": "QUEUED", "creation_time": "2025-06-15T15:06:40Z"}
+            for index in range(start, end)
+        ]
+        return httpx.Response(200, json={"tasks": tasks, **({"next_page_token": str(end)} if end < 2500 else {})})
+
+    monkeypatch.setattr(client.httpx, "request", request)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("limit", "sizes"),
+    [
+        (1, ["1"]),
+        (1000, ["1000"]),
+        (1001, ["1000", "1"]),
+        (2400, ["1000", "1000", "400"]),
+        (3000, ["1000", "1000", "1000"]),
+    ],
+)
+def test_a_long_list_takes_several_pages(server: list[dict[str, Any]], limit: int, sizes: list[str]) -> None:
+    done = CliRunner().invoke(app, ["list", "--limit", str(limit), "--state", "QUEUED"])
+    assert done.exit_code == 0, done.output
+    ids = [line.split()[0] for line in done.stdout.splitlines()]
+    assert ids == [f"t{index}" for index in range(min(limit, 2500))]
+    assert [query["page_size"] for query in server] == sizes
+    assert all(query["state"] == "QUEUED" for query in server)
+
+
+@pytest.mark.parametrize("limit", ["0", "-1"])
+def test_a_list_of_nothing_is_refused_here(server: list[dict[str, Any]], limit: str) -> None:
+    done = CliRunner().invoke(app, ["list", "--limit", limit])
+    assert done.exit_code == 2
+    assert "--limit" in done.output
+    assert server == []
+
+
+def test_a_task_from_a_file_or_from_standard_input(server: list[dict[str, Any]], tmp_path: Path) -> None:
+    file = tmp_path / "task.json"
+    file.write_text("{}")
+    assert CliRunner().invoke(app, ["run", str(file)]).stdout == "new\n"
+    assert CliRunner().invoke(app, ["run", "-"], input="[]").stdout == "new\n"
+    assert server == [{"body": b"{}"}, {"body": b"[]"}]
