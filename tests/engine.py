@@ -43,6 +43,7 @@ def _start() -> str:
     if dockerd is None or _cli() is None or os.geteuid() != 0:
         return ""
     directory = Path(tempfile.mkdtemp(prefix="tesp-dockerd-"))
+    directory.chmod(0o711)  # users other than root reach the socket too, if its group lets them
     host = f"unix://{directory}/docker.sock"
     command = [dockerd, "-H", host, "--data-root", f"{directory}/data", "--exec-root", f"{directory}/exec"]
     with (directory / "log").open("wb") as log:
@@ -93,8 +94,12 @@ def _import_image() -> bool:
         Path(root, "tmp").mkdir(mode=0o1777)
         Path(root, "etc").mkdir()
         Path(root, "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
-        tar = subprocess.Popen(["tar", "-C", root, "-c", "."], stdout=subprocess.PIPE)
-        done = subprocess.run(
-            ["docker", "import", "-c", 'CMD ["sh"]', "-", IMAGE], stdin=tar.stdout, capture_output=True
-        )
-        return tar.wait() == 0 and done.returncode == 0
+        archive = subprocess.run(["tar", "-C", root, "-c", "."], capture_output=True, check=True).stdout
+        command = ["docker", "import", "-c", 'CMD ["sh"]', "-", IMAGE]
+        return subprocess.run(command, input=archive, capture_output=True).returncode == 0
+
+
+def docker_socket() -> Path | None:
+    """The engine's socket, if it listens on one of this machine."""
+    host = docker_host()
+    return Path(host.removeprefix("unix://")) if host.startswith("unix://") else None

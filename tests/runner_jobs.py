@@ -20,6 +20,9 @@ PATIENCE = 30.0
 
 BUNDLE = bundle.build()
 
+PASSED_ON = ("PATH", "HOME", "DOCKER_HOST")
+"""What a job sees of our environment; the engine of the tests may be a private one."""
+
 
 def until(condition: Callable[[], Any], patience: float = PATIENCE) -> Any:
     """Wait for an event that can only be looked for: the first true value of the condition."""
@@ -60,7 +63,7 @@ class Job:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **(env or {})},
+            env={name: os.environ[name] for name in PASSED_ON if name in os.environ} | (env or {}),
         )
         return self
 

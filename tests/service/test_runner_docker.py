@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tesp_api.runner import job
+from tests.engine import docker_host, docker_socket
 from tests.runner_jobs import Job, executor, mounts, until
 from tests.support import require
 
@@ -36,8 +37,7 @@ def containers(made: Job) -> list[str]:
 
 @pytest.fixture(scope="module")
 def engine() -> None:
-    found = shutil.which("docker") and subprocess.run(["docker", "image", "inspect", "busybox"], capture_output=True)
-    require(found and found.returncode == 0, "Docker with the image busybox is needed")
+    require(docker_host(), "Docker with the image busybox is needed")
 
 
 @pytest.fixture
@@ -280,8 +280,8 @@ def test_killed_at_any_moment(make: Make) -> None:
 
 
 def test_a_runner_that_is_not_root_leaves_nothing_that_is_not_its_own(make: Make, tmp_path: Path) -> None:
-    sock = Path("/var/run/docker.sock")
-    require(os.geteuid() == 0 and shutil.which("setpriv") and sock.exists(), "root, setpriv and a Docker socket")
+    sock = docker_socket()
+    require(os.geteuid() == 0 and shutil.which("setpriv") and sock, "root, setpriv and a Docker socket")
     made = make(
         sh("umask 077; mkdir /w/d; echo x > /w/d/secret"),
         outputs=[job.Output("/w", f"{tmp_path}/data/o", job.DIRECTORY)],
@@ -359,7 +359,7 @@ class Proxy:
             except OSError:
                 return
             far = socket.socket(socket.AF_UNIX)
-            far.connect("/var/run/docker.sock")
+            far.connect(str(docker_socket()))
             self._pairs += [near, far]
             for source, target in ((near, far), (far, near)):
                 threading.Thread(target=self._pump, args=(source, target), daemon=True).start()
