@@ -365,4 +365,6 @@ def test_a_wrong_setting_stops_the_start_with_one_line(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr.strip() == "tesp-api cannot start: settings: server.prot is not a known key (do you mean port?)"
+    assert done.stderr.startswith("tesp-api cannot start: settings: server.prot is not a known key (")
+    assert "TESP_SERVER__PORT" in done.stderr
+    assert done.stderr.count("\n") == 1
