@@ -128,6 +128,11 @@ def executor(*command: str, **options: Any) -> job.Executor:
     return job.Executor(image=options.pop("image", "busybox:latest"), command=list(command), **options)
 
 
+def sh(script: str, **options: Any) -> job.Executor:
+    """An executor that runs a shell script."""
+    return executor("sh", "-c", script, **options)
+
+
 def mounts(*targets: str) -> list[job.Mount]:
     return [job.Mount(target, f"m{number}") for number, target in enumerate(targets)]
 

@@ -16,7 +16,7 @@ from tesp_api.runner import bundle, job
 from tesp_api.runner.engines import marked
 from tests import pythons
 from tests.contract.test_transfer import Store
-from tests.runner_jobs import BUNDLE, Job, executor, mounts, until
+from tests.runner_jobs import BUNDLE, Job, executor, mounts, sh, until
 
 HOST = job.Runtime("host")
 PYTHONS = pythons.found()
@@ -33,10 +33,6 @@ def make(tmp_path: Path) -> Make:
         return Job(tmp_path, {"executors": list(executors), "runtime": HOST, "file_roots": roots, **plan}, python)
 
     return made
-
-
-def sh(script: str, **options: Any) -> job.Executor:
-    return executor("sh", "-c", script, **options)
 
 
 def test_happy_path(make: Make, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from tesp_api.runner import job
 from tesp_api.runner.engines import marked
-from tests.runner_jobs import Job, executor, mounts, until
+from tests.runner_jobs import Job, executor, mounts, sh, until
 from tests.support import require
 
 pytestmark = pytest.mark.service
@@ -35,10 +35,6 @@ def make(tmp_path: Path) -> Make:
         return Job(tmp_path, {"executors": list(executors), "file_roots": roots, "runtime": runtime, **plan})
 
     return made
-
-
-def sh(script: str, **options: Any) -> job.Executor:
-    return executor("sh", "-c", script, **options)
 
 
 def test_happy_path(make: Make, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from tesp_api.runner import job
 from tests.engine import docker_host, docker_socket
-from tests.runner_jobs import Job, executor, mounts, until
+from tests.runner_jobs import Job, executor, mounts, sh, until
 from tests.support import require
 
 pytestmark = pytest.mark.service
@@ -54,10 +54,6 @@ def make(tmp_path: Path, engine: None) -> Iterator[Make]:
     yield made
     for one in jobs:
         assert containers(one) == []
-
-
-def sh(script: str, **options: Any) -> job.Executor:
-    return executor("sh", "-c", script, **options)
 
 
 def test_happy_path(make: Make, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from tesp_api.runner import bundle, job
 from tests import engine, runner_jobs
-from tests.runner_jobs import Job, executor, mounts, until
+from tests.runner_jobs import Job, mounts, sh, until
 from tests.support import require
 
 pytestmark = [pytest.mark.service, pytest.mark.timeout(180)]
@@ -128,10 +128,6 @@ def make(tmp_path: Path, daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> Mak
         return one
 
     return made
-
-
-def sh(script: str, **options: Any) -> job.Executor:
-    return executor("sh", "-c", script, **options)
 
 
 def wait(made: Job) -> job.Result:
