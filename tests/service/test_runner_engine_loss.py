@@ -138,8 +138,9 @@ def wait(made: Job) -> job.Result:
 
 
 def running(made: Job, daemon: Daemon) -> None:
-    """Until the container runs: its file is the witness."""
+    """Until the container runs: its file is the witness, and the daemon has noted it too."""
     until((made.root / "tes" / "m0" / "ran").exists)
+    until(lambda: daemon.run("ps", "-q", "--filter", "status=running").stdout)
 
 
 @pytest.mark.parametrize("canceled", [False, True])
@@ -202,7 +203,7 @@ def test_a_daemon_that_keeps_its_containers(make: Make, daemon: Daemon) -> None:
     assert len(daemon.containers()) == 1
     (made.root / "tes" / "m0" / "go").touch()
     result = wait(made)
-    assert (result.state, [one.exit_code for one in result.executors]) == ("EXECUTOR_ERROR", [5])
+    assert (result.state, [one.exit_code for one in result.executors]) == ("EXECUTOR_ERROR", [5]), result
     assert daemon.containers() == []
 
 

@@ -242,8 +242,8 @@ class _Execution:
                 waiting.send("POST", self._path + "/wait?condition=next-exit")
                 with self._watch.on_stop(self._stop):
                     self._run.begin()
-                    self._start()
-                    code = self._follow(attached, waiting)
+                    lost = self._start()
+                    code = self._recover(lost) if lost else self._follow(attached, waiting)
         except OSError as error:
             raise EngineError("executors[%d]: the connection to Docker broke: %s" % (self._run.number, reason(error)))
         finally:
@@ -257,11 +257,15 @@ class _Execution:
         if connection.receive() not in (101, 200):
             raise EngineError("executors[%d]: Docker gives no streams: %s" % (self._run.number, connection.text()))
 
-    def _start(self) -> None:
+    def _start(self) -> Optional[EngineError]:
+        """Start the container; an error that is returned means a lost answer: it may run, or not."""
         self._watch.check()
-        status, answer = self._engine.call("POST", self._path + "/start")
+        try:
+            status, answer = self._engine.call("POST", self._path + "/start")
+        except EngineError as error:
+            return error
         if status in (204, 304):
-            return
+            return None
         said = words(answer)
         if 'exec: "' in said or "exec format error" in said:
             found = "not found" not in said and "no such file" not in said
