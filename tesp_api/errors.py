@@ -5,7 +5,8 @@ TespError
 ├── TaskNotFound          no such task, or not the caller's (HTTP 404)
 ├── SettingsError         the operator must change the settings; the start stops
 ├── PlanError             the task cannot be carried out at this site; never retried
-├── StoreUnavailable      the store does not answer; nothing was changed (HTTP 503), try again
+├── StoreUnavailable      the store does not answer (HTTP 503), try again
+├── RightLost             another process decides this now; nothing was changed
 └── SiteError             what went wrong between us and a site
     ├── SiteUnavailable   no usable answer: it may or may not have heard us; try again
     └── SiteRefused       a clear no, in the site's own words; trying again is useless
@@ -55,6 +56,10 @@ class PlanError(TespError):
 
 class StoreUnavailable(TespError):
     """The store gave no answer. A write that was under way may or may not have been done."""
+
+
+class RightLost(TespError):
+    """The right to decide has run out before the write; whoever holds it now goes on."""
 
 
 class SiteError(TespError):

@@ -2,7 +2,8 @@
 
 Every write is conditional (a `Change` names the version that it was made from), and losing that race is a normal
 answer. `due_at` makes the store the queue as well: `take_due` hands out what is due and moves it ahead by a lease, so
-that what a dead process held comes back by itself and two processes never hold the same task.
+that what a dead process held comes back by itself and two processes never hold the same task. Where one process at a
+time must decide, it holds a right, which the store gives for a while.
 """
 
 from __future__ import annotations
@@ -51,6 +52,34 @@ class Load:
     jobs: int = 0
     cpus: float = 0.0
     ram_gb: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Once:
+    """What tells a repeated create from a new one.
+
+    `body` is a digest of who sent what, `key` one of who sent which Idempotency-Key (empty: none). `sender` is the
+    process that takes the create, new at each start. Repeats of a body count only if it was created after `since`.
+    """
+
+    body: str
+    sender: str
+    key: str = ""
+    since: float = 0.0
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """An earlier create that a new one may repeat, with the digest of its body.
+
+    `by_key`: they share the Idempotency-Key. If not, they share the body, another process took the earlier one, and it
+    is not known (yet) whether its answer has arrived.
+    """
+
+    task_id: str
+    created: float
+    body: str
+    by_key: bool
 
 
 class Ring(Flag):
@@ -109,7 +138,8 @@ class Listener:
 
 
 class TaskStore(Protocol):
-    """Keeps tasks. An async context: enter before use. Every call may raise StoreUnavailable.
+    """Keeps tasks. An async context: enter before use. Every call may raise StoreUnavailable; whether a write was
+    done is unknown then.
 
     `view` says how much of a task is loaded: MINIMAL its state only (`document` is empty, no attempts), BASIC all but
     the bodies, FULL everything.
@@ -117,8 +147,19 @@ class TaskStore(Protocol):
 
     bell: Bell
 
-    async def add(self, task: Task) -> None:
-        """Keep a new task, durably: once this returns, no crash loses it."""
+    def clock(self) -> float:
+        """The store's time, which all its processes share: seconds since the epoch."""
+
+    async def add(self, task: Task, once: Once | None = None) -> Repeat | None:
+        """Keep a new task, durably: once this returns, no crash loses it.
+
+        With `once` the task is not kept if it may repeat an earlier create, which is returned then. A key belongs to
+        its task for as long as that is stored; a body is watched until `answered`.
+        """
+
+    async def answered(self, sender: str, creates: Mapping[str, str]) -> None:
+        """The answers to these creates (task id -> digest of the body) of `sender` have arrived, so a later create
+        with the same body is a new one."""
 
     async def get(self, task_id: str, view: TesView = TesView.MINIMAL, *, owner: str | None = None) -> Task | None:
         """The task, or None if there is none (of this owner, when one is given)."""
@@ -126,8 +167,11 @@ class TaskStore(Protocol):
     async def page(self, query: Query, view: TesView = TesView.MINIMAL) -> Page:
         """Tasks that match, newest first (descending id)."""
 
-    async def apply(self, task_id: str, change: Change) -> Task | None:
-        """Write the change and return the new task without bodies; None if the task is at another version."""
+    async def apply(self, task_id: str, change: Change, *, before: float | None = None) -> Task | None:
+        """Write the change and return the new task without bodies; None if the task is at another version.
+
+        With `before` only while the store's time is before it, else RightLost: what `hold` gave is over.
+        """
 
     async def take_due(self, *, queued: bool, now: float, lease: float, limit: int) -> list[Task]:
         """Take at most `limit` tasks whose `due_at` is not after `now`, the longest due first, bodies not loaded.
@@ -142,6 +186,16 @@ class TaskStore(Protocol):
     async def loads(self) -> Mapping[str, Load]:
         """What the active tasks ask for, by site; sites without any are left out."""
 
+    async def hold(self, right: str, holder: str, seconds: float) -> float | None:
+        """Take a right, or keep it, for `seconds` from now: until when, by the store's time. None: another has it.
+
+        With no seconds it is given back.
+        """
+
+    async def purge(self, ended_before: float, limit: int) -> int:
+        """Delete at most `limit` tasks, with all that belongs to them, that ended before that time and are cleaned up
+        at their sites, the oldest first; how many there were."""
+
     async def contents(self, task_id: str) -> Mapping[int, str]:
         """The literal contents of a task's inputs, by input index."""
 
@@ -153,6 +207,23 @@ class TaskStore(Protocol):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+FEW = 2000
+"""A name prefix with fewer matches than this is answered by sorting them, one with more in the order of ids."""
+
+STALE = 3600.0
+"""Seconds after which nobody repeats a create any more; its mark may go."""
+
+
+def beyond(prefix: str) -> str | None:
+    """The first text after all that begin with `prefix`, in the order of code points; None if there is none."""
+    while prefix:
+        code = ord(prefix[-1]) + 1
+        if code <= 0x10FFFF:
+            return prefix[:-1] + chr(0xE000 if 0xD800 <= code < 0xE000 else code)
+        prefix = prefix[:-1]
+    return None
 
 
 def ring_for(task: Task) -> Ring:

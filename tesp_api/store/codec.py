@@ -15,7 +15,12 @@ _PLAIN = tuple(each.name for each in fields(Attempt) if each.name != "log")
 
 def attempts_to_json(attempts: tuple[Attempt, ...]) -> str:
     """Attempts as JSON text."""
-    return json.dumps([_attempt_to_document(each) for each in attempts], ensure_ascii=False, separators=(",", ":"))
+    return f"[{','.join(map(attempt_to_json, attempts))}]"
+
+
+def attempt_to_json(attempt: Attempt) -> str:
+    """One attempt as JSON text."""
+    return json.dumps(_attempt_to_document(attempt), ensure_ascii=False, separators=(",", ":"))
 
 
 def _attempt_to_document(attempt: Attempt) -> dict[str, Any]:
@@ -26,13 +31,17 @@ def _attempt_to_document(attempt: Attempt) -> dict[str, Any]:
 
 def attempts_from_json(text: str) -> tuple[Attempt, ...]:
     """The attempts of `attempts_to_json`; keys of a newer version are ignored."""
-    return tuple(
-        Attempt(
-            **{name: document[name] for name in _PLAIN if name in document},
-            log=TesTaskLog.model_validate(document["log"]),
-        )
-        for document in json.loads(text)
-    )
+    return tuple(_attempt(document) for document in json.loads(text))
+
+
+def attempt_from_json(text: str | bytes) -> Attempt:
+    """The attempt of `attempt_to_json`."""
+    return _attempt(json.loads(text))
+
+
+def _attempt(document: Mapping[str, Any]) -> Attempt:
+    plain = {name: document[name] for name in _PLAIN if name in document}
+    return Attempt(**plain, log=TesTaskLog.model_validate(document["log"]))
 
 
 # Bodies: each text has a key (kind, attempt number, index); system lines are counted by index.
@@ -71,3 +80,9 @@ def asked(task: Task) -> tuple[float, float]:
     if resources is None:
         return 0.0, 0.0
     return float(resources.cpu_cores or 0), float(resources.ram_gb or 0)
+
+
+def ended_at(task: Task) -> float | None:
+    """When a final task that comes from elsewhere ended, as far as can be told; None for others."""
+    times = [each.ended for each in task.attempts if each.ended is not None]
+    return max([task.created, *times]) if task.final else None

@@ -12,6 +12,7 @@ import json
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -19,9 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from tesp_api.errors import StoreUnavailable
+from tesp_api.errors import RightLost, StoreUnavailable
 from tesp_api.lifecycle import KEEP, Change
-from tesp_api.store import Bell, Load, Page, Query, Ring, ring_for
+from tesp_api.store import FEW, STALE, Bell, Load, Once, Page, Query, Repeat, Ring, beyond, ring_for
 from tesp_api.store.codec import (
     SYSTEM,
     asked,
@@ -29,14 +30,16 @@ from tesp_api.store.codec import (
     attempts_to_json,
     bodies_from_rows,
     content_rows,
+    ended_at,
     stream_rows,
 )
-from tesp_api.task import ACTIVE, Bodies, Task, put_attempt
+from tesp_api.task import ACTIVE, FINAL, Bodies, Task, put_attempt
 from tesp_api.tes import TesState, TesView
 
 T = TypeVar("T")
 
 _ACTIVE = ", ".join(f"'{state}'" for state in sorted(ACTIVE))
+_FINAL = ", ".join(f"'{state}'" for state in sorted(FINAL))
 
 MIGRATIONS = (
     # 1: the first schema. The client's document has a table of its own: SQLite writes a changed row as a whole, and
@@ -81,14 +84,44 @@ MIGRATIONS = (
         PRIMARY KEY (task_id, kind, attempt, position)
     );
     """,
+    # 2: repeated creates, rights, the purge. Tags lose their reference to the task: to enforce it at a deletion SQLite
+    # would read the whole table, or need one more index.
+    f"""
+    ALTER TABLE task ADD COLUMN ended REAL;
+    ALTER TABLE task ADD COLUMN key TEXT;
+    ALTER TABLE task ADD COLUMN body TEXT;
+    UPDATE task SET ended = created WHERE state IN ({_FINAL});
+    CREATE UNIQUE INDEX task_key ON task (key) WHERE key IS NOT NULL;
+    CREATE INDEX task_ended ON task (ended) WHERE ended IS NOT NULL AND due_at IS NULL;
+    CREATE TABLE unanswered (
+        body TEXT NOT NULL,
+        sender TEXT NOT NULL,
+        task_id TEXT NOT NULL,
+        created REAL NOT NULL,
+        PRIMARY KEY (body, sender, task_id)
+    ) WITHOUT ROWID;
+    CREATE TABLE holding (
+        name TEXT PRIMARY KEY NOT NULL,
+        holder TEXT NOT NULL,
+        until REAL NOT NULL
+    ) WITHOUT ROWID;
+    CREATE TABLE tag_2 (
+        key TEXT NOT NULL,
+        value TEXT NOT NULL,
+        task_id TEXT NOT NULL,
+        PRIMARY KEY (key, value, task_id)
+    ) WITHOUT ROWID;
+    INSERT INTO tag_2 SELECT key, value, task_id FROM tag;
+    DROP TABLE tag;
+    ALTER TABLE tag_2 RENAME TO tag;
+    CREATE INDEX tag_key ON tag (key, task_id);
+    """,
 )
 """SQL that leads from each schema version to the next; `PRAGMA user_version` says how many have been run."""
 
 _MINIMAL = "task.id, task.state, task.version, task.due_at, task.created, task.owner"
 _BASIC = _MINIMAL + ", task.attempts, (SELECT text FROM document WHERE document.task_id = task.id)"
 BATCH = 256
-FEW = 2000
-"""Fewer matches than this are sorted; more are looked for in order."""
 _OURS = (sqlite3.OperationalError, sqlite3.DatabaseError)
 """What the disk or another process did; anything else is the caller's."""
 
@@ -118,9 +151,17 @@ class SqliteStore:
         for worker in {self._reader, self._writer}:
             await worker.stop()
 
-    async def add(self, task: Task) -> None:
-        await self._writer.call(lambda db: _add(db, task), durable=True)
-        self.bell.ring(Ring.QUEUED)
+    def clock(self) -> float:
+        return time.time()
+
+    async def add(self, task: Task, once: Once | None = None) -> Repeat | None:
+        repeat = await self._writer.call(lambda db: _add(db, task, once), durable=True)
+        if repeat is None:
+            self.bell.ring(Ring.QUEUED)
+        return repeat
+
+    async def answered(self, sender: str, creates: Mapping[str, str]) -> None:
+        await self._writer.call(lambda db: _answered(db, sender, creates))
 
     async def get(self, task_id: str, view: TesView = TesView.MINIMAL, *, owner: str | None = None) -> Task | None:
         return await self._reader.call(lambda db: _get(db, task_id, view, owner))
@@ -128,9 +169,9 @@ class SqliteStore:
     async def page(self, query: Query, view: TesView = TesView.MINIMAL) -> Page:
         return await self._reader.call(lambda db: _page(db, query, view))
 
-    async def apply(self, task_id: str, change: Change) -> Task | None:
+    async def apply(self, task_id: str, change: Change, *, before: float | None = None) -> Task | None:
         durable = change.state is not None or bool(change.system)
-        task = await self._writer.call(lambda db: _apply(db, task_id, change), durable=durable)
+        task = await self._writer.call(lambda db: _apply(db, task_id, change, before), durable=durable)
         if task is not None and (change.state is not None or change.due_at is not KEEP):
             self.bell.ring(ring_for(task))
         return task
@@ -143,6 +184,12 @@ class SqliteStore:
 
     async def loads(self) -> Mapping[str, Load]:
         return await self._reader.call(_loads)
+
+    async def hold(self, right: str, holder: str, seconds: float) -> float | None:
+        return await self._writer.call(lambda db: _hold(db, right, holder, seconds))
+
+    async def purge(self, ended_before: float, limit: int) -> int:
+        return await self._writer.call(lambda db: _purge(db, ended_before, limit))
 
     async def contents(self, task_id: str) -> Mapping[int, str]:
         return (await self._reader.call(lambda db: _bodies(db, [task_id])))[task_id].contents
@@ -319,11 +366,15 @@ def _migrate(db: sqlite3.Connection, migrations: Sequence[str] = MIGRATIONS) -> 
 # The statements
 
 
-def _add(db: sqlite3.Connection, task: Task) -> None:
+def _add(db: sqlite3.Connection, task: Task, once: Once | None = None) -> Repeat | None:
+    if once is not None and (repeat := _repeat(db, once)) is not None:
+        return repeat
     cpus, ram_gb = asked(task)
+    key, body = (once.key, once.body) if once is not None and once.key else (None, None)
     db.execute(
-        "INSERT INTO task (id, state, version, due_at, created, owner, name, site, cpus, ram_gb, attempts)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO task"
+        " (id, state, version, due_at, created, owner, name, site, cpus, ram_gb, attempts, ended, key, body)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             task.id,
             task.state,
@@ -336,15 +387,42 @@ def _add(db: sqlite3.Connection, task: Task) -> None:
             cpus,
             ram_gb,
             attempts_to_json(task.attempts),
+            ended_at(task),
+            key,
+            body,
         ),
     )
+    if once is not None and not once.key:
+        db.execute("INSERT INTO unanswered VALUES (?, ?, ?, ?)", (once.body, once.sender, task.id, task.created))
     db.execute("INSERT INTO document (task_id, text) VALUES (?, ?)", (task.id, task.document))
     tags = (task.spec.tags or {}).items()
     db.executemany("INSERT INTO tag (key, value, task_id) VALUES (?, ?, ?)", [(k, v, task.id) for k, v in tags])
     _put_bodies(db, task.id, content_rows(task.bodies))
     if task.bodies is not None:
+        _put_bodies(db, task.id, stream_rows(task.bodies.streams))
         for number, lines in task.bodies.system.items():
             _add_lines(db, task.id, number, lines)
+    return None
+
+
+def _repeat(db: sqlite3.Connection, once: Once) -> Repeat | None:
+    if once.key:
+        row = db.execute("SELECT id, created, body FROM task WHERE key = ?", (once.key,)).fetchone()
+        return Repeat(row[0], row[1], row[2], by_key=True) if row else None
+    # Two ranges of the primary key: a burst of equal creates at this process is passed over, however long it is.
+    row = db.execute(
+        "SELECT task_id, created, body FROM unanswered WHERE body = ?1 AND sender < ?2 AND created > ?3 UNION ALL"
+        " SELECT task_id, created, body FROM unanswered WHERE body = ?1 AND sender > ?2 AND created > ?3 LIMIT 1",
+        (once.body, once.sender, once.since),
+    ).fetchone()
+    return Repeat(row[0], row[1], row[2], by_key=False) if row else None
+
+
+def _answered(db: sqlite3.Connection, sender: str, creates: Mapping[str, str]) -> None:
+    db.executemany(
+        "DELETE FROM unanswered WHERE body = ? AND sender = ? AND task_id = ?",
+        [(body, sender, task_id) for task_id, body in creates.items()],
+    )
 
 
 def _put_bodies(db: sqlite3.Connection, task_id: str, rows: Iterable[tuple[str, int, int, str]]) -> None:
@@ -419,11 +497,11 @@ def _page(db: sqlite3.Connection, query: Query, view: TesView) -> Page:
         conditions.append("task.state IN (?, ?)" if query.or_state else "task.state = ?")
         values += [query.state, query.or_state] if query.or_state else [query.state]
     if query.name_prefix:
-        beyond = _beyond(query.name_prefix)
+        end = beyond(query.name_prefix)
         # A rare name is found by its index; a common one sooner in the order of ids (`+` keeps the index out).
-        column = "task.name" if not query.tags and _are_few(db, query.name_prefix, beyond) else "+task.name"
-        conditions.append(f"{column} >= ?" + (f" AND {column} < ?" if beyond else ""))
-        values += [query.name_prefix, beyond] if beyond else [query.name_prefix]
+        column = "task.name" if not query.tags and _are_few(db, query.name_prefix, end) else "+task.name"
+        conditions.append(f"{column} >= ?" + (f" AND {column} < ?" if end else ""))
+        values += [query.name_prefix, end] if end else [query.name_prefix]
     if query.owner is not None:
         conditions.append("task.owner = ?")
         values.append(query.owner)
@@ -441,28 +519,21 @@ def _page(db: sqlite3.Connection, query: Query, view: TesView) -> Page:
     return Page(tuple(tasks), more=len(rows) > query.limit)
 
 
-def _are_few(db: sqlite3.Connection, first: str, beyond: str | None) -> bool:
+def _are_few(db: sqlite3.Connection, first: str, end: str | None) -> bool:
     rows = db.execute(
-        f"SELECT 1 FROM task WHERE name >= ?{' AND name < ?' if beyond else ''} LIMIT {FEW}",
-        (first, beyond) if beyond else (first,),
+        f"SELECT 1 FROM task WHERE name >= ?{' AND name < ?' if end else ''} LIMIT {FEW}",
+        (first, end) if end else (first,),
     )
     return len(rows.fetchall()) < FEW
 
 
-def _beyond(prefix: str) -> str | None:
-    """The first text after all that begin with `prefix`, in the order of code points; None if there is none."""
-    while prefix:
-        code = ord(prefix[-1]) + 1
-        if code <= 0x10FFFF:
-            return prefix[:-1] + chr(0xE000 if 0xD800 <= code < 0xE000 else code)
-        prefix = prefix[:-1]
-    return None
-
-
-def _apply(db: sqlite3.Connection, task_id: str, change: Change) -> Task | None:
+def _apply(db: sqlite3.Connection, task_id: str, change: Change, before: float | None = None) -> Task | None:
     task = _get(db, task_id, TesView.BASIC, None)
     if task is None or task.version != change.version:
         return None
+    now = time.time()
+    if before is not None and now >= before:
+        raise RightLost("The right ran out before the change was written.")
     attempts = put_attempt(task.attempts, change.attempt) if change.attempt else task.attempts
     task = replace(
         task,
@@ -472,13 +543,15 @@ def _apply(db: sqlite3.Connection, task_id: str, change: Change) -> Task | None:
         attempts=attempts,
     )
     db.execute(
-        "UPDATE task SET state = ?, version = ?, due_at = ?, site = ?, attempts = ? WHERE id = ?",
+        "UPDATE task SET state = ?, version = ?, due_at = ?, site = ?, attempts = ?, ended = coalesce(ended, ?)"
+        " WHERE id = ?",
         (
             task.state,
             task.version,
             task.due_at,
             attempts[-1].site if attempts else None,
             attempts_to_json(attempts),
+            now if task.final else None,
             task_id,
         ),
     )
@@ -517,3 +590,29 @@ def _loads(db: sqlite3.Connection) -> dict[str, Load]:
         f" WHERE state IN ({_ACTIVE}) GROUP BY site"
     )
     return {site: Load(jobs, cpus, ram_gb) for site, jobs, cpus, ram_gb in rows}
+
+
+def _hold(db: sqlite3.Connection, right: str, holder: str, seconds: float) -> float | None:
+    now = time.time()
+    done = db.execute(
+        "INSERT INTO holding VALUES (?1, ?2, ?3) ON CONFLICT (name) DO UPDATE SET holder = ?2, until = ?3"
+        " WHERE holder = ?2 OR until <= ?4",
+        (right, holder, now + seconds, now),
+    )
+    return now + seconds if done.rowcount else None
+
+
+def _purge(db: sqlite3.Connection, ended_before: float, limit: int) -> int:
+    rows = db.execute(
+        "SELECT id, document.text FROM task INDEXED BY task_ended JOIN document ON document.task_id = task.id"
+        " WHERE ended IS NOT NULL AND due_at IS NULL AND ended < ? ORDER BY ended LIMIT ?",
+        (ended_before, limit),
+    ).fetchall()
+    for task_id, text in rows:
+        tags = (json.loads(text).get("tags") or {}).items()
+        db.executemany(
+            "DELETE FROM tag WHERE key = ? AND value = ? AND task_id = ?", [(k, v, task_id) for k, v in tags]
+        )
+    db.executemany("DELETE FROM task WHERE id = ?", [(task_id,) for task_id, _ in rows])  # the rest goes with it
+    db.execute("DELETE FROM unanswered WHERE created < ?", (time.time() - STALE,))
+    return len(rows)

@@ -17,7 +17,7 @@ import pytest
 from tesp_api.errors import StoreUnavailable
 from tesp_api.lifecycle import KEEP, Change, assign
 from tesp_api.lifecycle import Policy as Rules
-from tesp_api.store import Load, Query, Ring, TaskStore
+from tesp_api.store import FEW, Load, Query, Ring, TaskStore
 from tesp_api.store import sqlite as sqlite_store
 from tesp_api.store.sqlite import SqliteStore
 from tesp_api.task import Task
@@ -328,7 +328,7 @@ PREFIXES = [
 def test_name_prefix_is_literal(open_store: Open, prefix: str, few: bool) -> None:
     async def main() -> None:
         async with open_store() as store:
-            many = 0 if few else sqlite_store.FEW
+            many = 0 if few else FEW
             for start in range(0, many, 500):
                 await added(store, *(make_task(name=prefix + str(n)) for n in range(start, start + 500)))
             tasks = await added(store, *(make_task(name=name) for name in NAMES))
