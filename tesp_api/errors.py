@@ -6,6 +6,7 @@ TespError
 ├── SettingsError         the operator must change the settings; the start stops
 ├── PlanError             the task cannot be carried out at this site; never retried
 ├── StoreUnavailable      the store does not answer (HTTP 503), try again
+│   └── StoreUnusable         and will not, however long one waits: the operator must change something
 ├── RightLost             another process decides this now; nothing was changed
 └── SiteError             what went wrong between us and a site
     ├── SiteUnavailable   no usable answer: it may or may not have heard us; try again
@@ -56,6 +57,10 @@ class PlanError(TespError):
 
 class StoreUnavailable(TespError):
     """The store gave no answer. A write that was under way may or may not have been done."""
+
+
+class StoreUnusable(StoreUnavailable):
+    """The store does not let us in, or was written by a newer release; waiting does not help."""
 
 
 class RightLost(TespError):

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from tesp_api.errors import RightLost, StoreUnavailable
+from tesp_api.errors import RightLost, StoreUnavailable, StoreUnusable
 from tesp_api.lifecycle import KEEP, Change
 from tesp_api.store import FEW, STALE, Bell, Load, Once, Page, Query, Repeat, Ring, beyond, ring_for
 from tesp_api.store.codec import (
@@ -352,7 +352,7 @@ def _migrate(db: sqlite3.Connection, migrations: Sequence[str] = MIGRATIONS) -> 
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version > len(migrations):
         db.execute("ROLLBACK")
-        raise StoreUnavailable(
+        raise StoreUnusable(
             f"The store was written by a newer release (schema {version}, this one knows {len(migrations)})."
         )
     for script in migrations[version:]:

@@ -1,0 +1,685 @@
+"""The shared store: MongoDB 5 or newer, for any number of service processes on any number of machines.
+
+Three collections. `task` has one small record for each task. `text` has what is long (input contents, streams, system
+lines, and documents or logs beyond INLINE), in pieces that are far below MongoDB's 16 MB. `right` has what `hold`
+gives.
+
+MongoDB changes one record at a time, and a plain server has no transactions. So a change that brings texts writes
+these first, as a *part* under a name of its own; the one conditional update of the record then adds that name to
+`parts`. Texts whose part is not named there belong to a change that lost its race, or never came to its end: nobody
+sees them.
+
+Motor is imported here alone, and only what PyMongo's own async client also offers is used of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import math
+import random
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+from motor.motor_asyncio import AsyncIOMotorClient
+from pymongo import ASCENDING, DESCENDING, IndexModel, ReadPreference, ReturnDocument, WriteConcern
+from pymongo.errors import (
+    ConfigurationError,
+    DuplicateKeyError,
+    InvalidName,
+    InvalidURI,
+    OperationFailure,
+    PyMongoError,
+)
+from pymongo.read_concern import ReadConcern
+from pymongo.uri_parser import parse_uri
+
+from tesp_api.errors import RightLost, SettingsError, StoreUnavailable, StoreUnusable
+from tesp_api.lifecycle import KEEP, Change
+from tesp_api.store import FEW, STALE, Bell, Load, Once, Page, Query, Repeat, Ring, beyond, ring_for
+from tesp_api.store.codec import (
+    SYSTEM,
+    asked,
+    attempt_from_json,
+    attempt_to_json,
+    bodies_from_rows,
+    content_rows,
+    ended_at,
+    stream_rows,
+)
+from tesp_api.task import ACTIVE, FINAL, Attempt, Bodies, Task
+from tesp_api.tes import TesState, TesView
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Record = dict[str, Any]
+Row = tuple[str, int, int, str]
+"""(kind, attempt number, position, text), as in codec."""
+
+DATABASE: Final = "tesp"
+"""Used when the URI names no database."""
+
+INLINE: Final = 64 << 10
+"""Characters up to which an attempt, and sixteen times that for the client's document, lie in the record itself."""
+
+PIECE: Final = 4 << 20
+"""Bytes of text in one piece."""
+
+DEFAULTS: Final[Mapping[str, Any]] = {
+    "appname": "tesp-api",
+    "serverselectiontimeoutms": 4000,  # a client that creates should hear of an outage before it gives up
+    "connecttimeoutms": 4000,
+    "timeoutms": 8000,
+    "retrywrites": True,
+    "maxpoolsize": 50,
+}
+"""Options that hold unless the URI says otherwise."""
+
+SPREAD: Final = 8
+"""How many times as many due tasks as it wants a taker looks at once it has met another."""
+
+SCHEMA: Final = 1
+"""Version of the records, kept in `right`; a store of a newer release is refused."""
+
+DOCUMENT, ATTEMPT = "document", "attempt"
+"""Kinds of text besides those of codec: what is too long for the record."""
+
+INDEXES: Final = (
+    IndexModel(
+        [("queued", ASCENDING), ("due_at", ASCENDING)],
+        name="due",
+        partialFilterExpression={"due_at": {"$exists": True}},
+    ),
+    IndexModel(
+        [("active", ASCENDING), ("site", ASCENDING), ("cpus", ASCENDING), ("ram_gb", ASCENDING)],
+        name="active",
+        partialFilterExpression={"active": True},
+    ),
+    IndexModel([("state", ASCENDING), ("_id", DESCENDING)], name="state"),
+    IndexModel([("name", ASCENDING), ("_id", DESCENDING)], name="name"),
+    IndexModel([("owner", ASCENDING), ("_id", DESCENDING)], name="owner"),
+    IndexModel([("tags.k", ASCENDING), ("tags.v", ASCENDING), ("_id", DESCENDING)], name="tag"),
+    IndexModel([("tags.k", ASCENDING), ("_id", DESCENDING)], name="tag_key"),
+    IndexModel([("key", ASCENDING)], name="key", unique=True, partialFilterExpression={"key": {"$exists": True}}),
+    IndexModel(
+        [("unanswered", ASCENDING), ("created", ASCENDING)],
+        name="unanswered",
+        partialFilterExpression={"unanswered": {"$exists": True}},
+    ),
+    IndexModel([("ended", ASCENDING)], name="ended", partialFilterExpression={"ended": {"$exists": True}}),
+)
+"""The indexes of `task`; each query names the one that it uses."""
+
+TEXT_INDEX: Final = IndexModel([("task", ASCENDING), ("_id", ASCENDING)], name="task")
+
+_MINIMAL = dict.fromkeys(("state", "version", "due_at", "created", "owner"), 1)
+_BASIC = _MINIMAL | dict.fromkeys(("document", "attempts", "parts"), 1)
+_REFUSED = frozenset({13, 18, 8000})
+"""Codes of a server that does not let us in: no wait will change that."""
+
+
+def check_uri(uri: str) -> None:
+    """Raises SettingsError, without a word of the URI, which may hold a password, unless it can be used."""
+    try:
+        parsed = parse_uri(uri, validate=True, warn=False) if "+srv://" not in uri else {"database": None}
+    except (InvalidURI, ConfigurationError, InvalidName, ValueError) as error:
+        reason = "it cannot be read" if "@" in uri else " ".join(str(error).split())
+        raise SettingsError(f"settings: db.mongodb_uri is no MongoDB address: {reason}") from None
+    if uri.partition("?")[0].rpartition("/")[2] and parsed.get("collection"):
+        raise SettingsError("settings: db.mongodb_uri must name a database only, not a collection")
+
+
+class MongoStore:
+    """The TaskStore on MongoDB. `uri` as in the MongoDB manual: users, TLS and replica sets are named there."""
+
+    def __init__(self, uri: str, *, client: Callable[..., Any] = AsyncIOMotorClient) -> None:
+        check_uri(uri)
+        self.bell = Bell()
+        self._uri = uri
+        self._make_client = client
+        self._client: Any = None
+        self._ahead = 0.0
+        self._prepared = False
+        self._preparing = asyncio.Lock()
+        self._open: set[asyncio.Task[Any]] = set()
+
+    async def __aenter__(self) -> Self:
+        options = {name: value for name, value in DEFAULTS.items() if name not in self._uri.lower()}
+        self._client = self._make_client(self._uri, **options)
+        try:
+            await self._prepare()
+        except StoreUnusable:
+            await self.__aexit__(None, None, None)
+            raise
+        except StoreUnavailable as error:
+            log.warning("%s It is tried again until it answers.", error)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._open:
+            await asyncio.wait(self._open)
+        client, self._client = self._client, None
+        if client is not None and inspect.isawaitable(closing := client.close()):
+            await closing
+
+    # The operations
+
+    def clock(self) -> float:
+        return time.time() + self._ahead
+
+    async def add(self, task: Task, once: Once | None = None) -> Repeat | None:
+        repeat = await self._call(lambda: self._add(task, once))
+        if repeat is None:
+            self.bell.ring(Ring.QUEUED)
+        return repeat
+
+    async def answered(self, sender: str, creates: Mapping[str, str]) -> None:
+        ids = list(creates)
+        await self._call(
+            lambda: self._tasks.update_many({"_id": {"$in": ids}}, {"$unset": {"unanswered": 1, "sender": 1}})
+        )
+
+    async def get(self, task_id: str, view: TesView = TesView.MINIMAL, *, owner: str | None = None) -> Task | None:
+        return await self._call(lambda: self._get(task_id, view, owner))
+
+    async def page(self, query: Query, view: TesView = TesView.MINIMAL) -> Page:
+        return await self._call(lambda: self._page(query, view))
+
+    async def apply(self, task_id: str, change: Change, *, before: float | None = None) -> Task | None:
+        task = await self._call(lambda: self._apply(task_id, change, before))
+        if task is not None and (change.state is not None or change.due_at is not KEEP):
+            self.bell.ring(ring_for(task))
+        return task
+
+    async def take_due(self, *, queued: bool, now: float, lease: float, limit: int) -> list[Task]:
+        return await self._call(lambda: self._take_due(queued, now, lease, limit)) if limit else []
+
+    async def next_due(self, *, queued: bool) -> float | None:
+        async def find() -> float | None:
+            condition = {"queued": queued, "due_at": {"$exists": True}}
+            record = await self._tasks.find_one(
+                condition, {"due_at": 1, "_id": 0}, sort=[("due_at", ASCENDING)], hint="due"
+            )
+            return record["due_at"] if record else None
+
+        return await self._call(find)
+
+    async def loads(self) -> Mapping[str, Load]:
+        return await self._call(self._loads)
+
+    async def hold(self, right: str, holder: str, seconds: float) -> float | None:
+        return await self._call(lambda: self._hold(right, holder, seconds))
+
+    async def purge(self, ended_before: float, limit: int) -> int:
+        return await self._call(lambda: self._purge(ended_before, limit))
+
+    async def contents(self, task_id: str) -> Mapping[int, str]:
+        async def find() -> Mapping[int, str]:
+            record = await self._tasks.find_one({"_id": task_id}, {"parts": 1})
+            return (await self._bodies([record]))[task_id].contents if record else {}
+
+        return await self._call(find)
+
+    async def ping(self) -> None:
+        async def ask() -> None:
+            await self._read_clock()
+            await self._tasks.find_one({"_id": ""}, {"_id": 1})
+
+        await self._call(ask)
+
+    # How each of them is carried out
+
+    async def _call(self, function: Callable[[], Awaitable[T]]) -> T:
+        """Run it to its end, even if the caller leaves: half a write helps nobody. All errors become ours."""
+        if self._client is None:
+            raise StoreUnavailable("The store is not open.")
+        work = asyncio.ensure_future(self._run(function))
+        self._open.add(work)
+        work.add_done_callback(self._open.discard)
+        return await asyncio.shield(work)
+
+    async def _run(self, function: Callable[[], Awaitable[T]]) -> T:
+        try:
+            if not self._prepared:
+                await self._prepare()
+            return await function()
+        except PyMongoError as error:
+            raise _unavailable(error) from error
+
+    async def _prepare(self) -> None:
+        """Make the indexes and read the clock, once; StoreUnavailable as long as that cannot be done."""
+        async with self._preparing:
+            if self._prepared:
+                return
+            try:
+                await self._read_clock()
+                await self._check_schema()
+                await self._make_indexes()
+            except PyMongoError as error:
+                raise _unavailable(error) from error
+            self._prepared = True
+
+    async def _check_schema(self) -> None:
+        found = await self._rights.find_one_and_update(
+            {"_id": "schema"}, {"$setOnInsert": {"version": SCHEMA}}, upsert=True, return_document=ReturnDocument.AFTER
+        )
+        if found["version"] > SCHEMA:
+            raise StoreUnusable(
+                f"The store was written by a newer release (schema {found['version']}, this one knows {SCHEMA})."
+            )
+
+    async def _make_indexes(self) -> None:
+        """On a large old collection this may take longer than any other call is allowed to."""
+        patient = self._make_client(self._uri, **{**DEFAULTS, "timeoutms": 0})
+        try:
+            database = self._database_of(patient)
+            await database["task"].create_indexes(list(INDEXES))
+            await database["text"].create_indexes([TEXT_INDEX])
+        finally:
+            if inspect.isawaitable(closing := patient.close()):
+                await closing
+
+    async def _read_clock(self) -> None:
+        """How far the server's clock is ahead of ours. All processes must agree on what is due."""
+        asked_at = time.time()
+        answer = await self._client.admin.command("hello")
+        answered_at = time.time()
+        self._ahead = answer["localTime"].replace(tzinfo=UTC).timestamp() - (asked_at + answered_at) / 2
+
+    def _database_of(self, client: Any) -> Any:
+        # Journaled by most of the nodes before it counts; and nothing is read that a failover could take back.
+        return client.get_default_database(DATABASE).with_options(
+            write_concern=WriteConcern("majority", j=True),
+            read_concern=ReadConcern("majority"),
+            read_preference=ReadPreference.PRIMARY,
+        )
+
+    @property
+    def _tasks(self) -> Any:
+        return self._database_of(self._client)["task"]
+
+    @property
+    def _texts(self) -> Any:
+        return self._database_of(self._client)["text"]
+
+    @property
+    def _rights(self) -> Any:
+        return self._database_of(self._client)["right"].with_options(read_concern=ReadConcern("local"))
+
+    # Create
+
+    async def _add(self, task: Task, once: Once | None) -> Repeat | None:
+        if once is not None and (repeat := await self._repeat(once)) is not None:
+            return repeat
+        cpus, ram_gb = asked(task)
+        part = _Part(task.id, task.version)
+        record: Record = {
+            "_id": task.id,
+            "version": task.version,
+            "created": task.created,
+            "owner": task.owner,
+            "name": task.spec.name or "",
+            "cpus": cpus,
+            "ram_gb": ram_gb,
+            "tags": [{"k": key, "v": value} for key, value in (task.spec.tags or {}).items()],
+            "document": part.or_inline(task.document, DOCUMENT, 0, 16 * INLINE),
+            "attempts": [_attempt(each, part) for each in task.attempts],
+            **_marks(task.state),
+        }
+        if task.attempt is not None:
+            record["site"] = task.attempt.site
+        if task.due_at is not None:
+            record["due_at"] = task.due_at
+        if task.final:
+            record["ended"] = ended_at(task)
+        if once is not None:
+            record |= (
+                {"key": once.key, "body": once.body} if once.key else {"unanswered": once.body, "sender": once.sender}
+            )
+        if task.bodies is not None:
+            part.put(content_rows(task.bodies))
+            part.put(stream_rows(task.bodies.streams))
+            for number, lines in task.bodies.system.items():
+                part.put(_line_rows(number, lines))
+        record["parts"] = [part.name] if part.pieces else []
+        await self._write_texts(part)
+        try:
+            await self._tasks.insert_one(record)
+        except DuplicateKeyError:
+            await self._drop_texts(part)
+            if once is not None and once.key and (repeat := await self._repeat(once)) is not None:
+                return repeat
+            raise
+        return None
+
+    async def _repeat(self, once: Once) -> Repeat | None:
+        wanted = {"created": 1, "body": 1, "unanswered": 1}
+        if once.key:
+            found = await self._local.find_one({"key": once.key}, wanted, hint="key")
+            return Repeat(found["_id"], found["created"], found["body"], by_key=True) if found else None
+        condition = {"unanswered": once.body, "created": {"$gt": once.since}, "sender": {"$ne": once.sender}}
+        found = await self._local.find_one(condition, wanted, hint="unanswered")
+        return Repeat(found["_id"], found["created"], found["unanswered"], by_key=False) if found else None
+
+    @property
+    def _local(self) -> Any:
+        """Tasks as the primary knows them now: what may still be undone counts as well."""
+        return self._tasks.with_options(read_concern=ReadConcern("local"))
+
+    # Read
+
+    async def _get(self, task_id: str, view: TesView, owner: str | None) -> Task | None:
+        record = await self._tasks.find_one({"_id": task_id}, _MINIMAL if view is TesView.MINIMAL else _BASIC)
+        if record is None or (owner is not None and record["owner"] != owner):
+            return None
+        return (await self._load([record], view))[0]
+
+    async def _page(self, query: Query, view: TesView) -> Page:
+        condition, hint = await self._condition(query)
+        cursor = self._tasks.find(condition, _MINIMAL if view is TesView.MINIMAL else _BASIC)
+        records = await cursor.sort("_id", DESCENDING).limit(query.limit + 1).hint(hint).to_list(query.limit + 1)
+        tasks = await self._load(records[: query.limit], view)
+        return Page(tuple(tasks), more=len(records) > query.limit)
+
+    async def _condition(self, query: Query) -> tuple[Record, str]:
+        """What to look for, and in the order of which index."""
+        every: list[Record] = []
+        hint = "_id_"
+        if query.owner is not None:
+            every.append({"owner": query.owner})
+            hint = "owner"
+        if query.state is not None:
+            every.append(
+                {"state": {"$in": [query.state.value, query.or_state.value]} if query.or_state else query.state.value}
+            )
+            hint = "state"
+        if query.name_prefix:
+            end = beyond(query.name_prefix)
+            named = {"name": {"$gte": query.name_prefix, **({"$lt": end} if end else {})}}
+            every.append(named)
+            if not query.tags and await self._tasks.count_documents(named, limit=FEW, hint="name") < FEW:
+                hint = "name"
+        for key, value in query.tags:
+            every.append({"tags": {"$elemMatch": {"k": key, "v": value}}} if value else {"tags.k": key})
+        if query.tags:  # the first pair leads, and MongoDB looks at the others in the record
+            hint = "tag" if query.tags[0][1] else "tag_key"
+        if query.after is not None:
+            every.append({"_id": {"$lt": query.after}})
+        return ({"$and": every} if every else {}), hint
+
+    async def _load(self, records: Sequence[Record], view: TesView) -> list[Task]:
+        if view is TesView.MINIMAL:
+            return [_task(record, {}) for record in records]
+        long = await self._long(records)
+        tasks = [_task(record, long) for record in records]
+        if view is TesView.FULL:
+            bodies = await self._bodies(records)
+            tasks = [replace(task, bodies=bodies[task.id]) for task in tasks]
+        return tasks
+
+    async def _long(self, records: Sequence[Record]) -> Mapping[tuple[str, str, int], str]:
+        """Documents and attempts that did not fit into their records: (part, kind, number) -> text."""
+        parts = [
+            part
+            for record in records
+            for each in (record["document"], *record["attempts"])
+            if isinstance(each, dict)
+            for part in (each["part"],)
+        ]
+        if not parts:
+            return {}
+        found: dict[tuple[str, str, int], bytes] = {}
+        ids = [record["_id"] for record in records]
+        async for piece in self._pieces({"task": {"$in": ids}, "part": {"$in": parts}, "long": True}):
+            for kind, number, _, data in piece["items"]:
+                place = (piece["part"], kind, number)
+                found[place] = found.get(place, b"") + data
+        return {place: data.decode() for place, data in found.items()}
+
+    async def _bodies(self, records: Sequence[Record]) -> dict[str, Bodies]:
+        parts = {record["_id"]: frozenset(record["parts"]) for record in records}
+        rows: dict[str, dict[tuple[str, str, int, int], bytes]] = {task_id: {} for task_id in parts}
+        wanted = [task_id for task_id, named in parts.items() if named]
+        if wanted:
+            async for piece in self._pieces({"task": {"$in": wanted}, "long": False}):
+                if piece["part"] in parts[piece["task"]]:
+                    mine = rows[piece["task"]]
+                    for kind, number, position, data in piece["items"]:
+                        place = (piece["part"], kind, number, position)
+                        mine[place] = mine.get(place, b"") + data
+        return {
+            task_id: bodies_from_rows((kind, number, at, data.decode()) for (_, kind, number, at), data in each.items())
+            for task_id, each in rows.items()
+        }
+
+    def _pieces(self, condition: Record) -> Any:
+        return self._texts.find(condition).sort([("task", ASCENDING), ("_id", ASCENDING)]).hint("task")
+
+    # Change
+
+    async def _apply(self, task_id: str, change: Change, before: float | None) -> Task | None:
+        part = _Part(task_id, change.version + 1)
+        new: Record = _marks(change.state) if change.state is not None else {}
+        gone: Record = {}
+        if change.state in FINAL:
+            new["ended"] = self.clock()
+        if change.state is not None and change.state not in ACTIVE:
+            gone["active"] = 1
+        if change.due_at is None:
+            gone["due_at"] = 1
+        elif change.due_at is not KEEP:
+            new["due_at"] = change.due_at
+        condition: Record = {"_id": task_id, "version": change.version}
+        if change.attempt is not None:
+            at = change.attempt.number - 1
+            new |= {f"attempts.{at}": _attempt(change.attempt, part), "site": change.attempt.site}
+            if at > 0:
+                condition[f"attempts.{at - 1}"] = {"$exists": True}
+        if before is not None:
+            condition["$expr"] = {"$lt": ["$$NOW", {"$literal": datetime.fromtimestamp(before, UTC)}]}
+        part.put(stream_rows(change.streams))
+        part.put(_line_rows(change.system_of, change.system))
+        update = {
+            "$inc": {"version": 1},
+            "$set": new,
+            "$unset": gone,
+            "$push": {"parts": part.name} if part.pieces else {},
+        }
+        await self._write_texts(part)
+        record = await self._tasks.find_one_and_update(
+            condition,
+            {name: value for name, value in update.items() if value},
+            _BASIC,
+            return_document=ReturnDocument.AFTER,
+        )
+        if record is None:
+            await self._drop_texts(part)
+            await self._explain(task_id, change, before)
+            return None
+        return (await self._load([record], TesView.BASIC))[0]
+
+    async def _explain(self, task_id: str, change: Change, before: float | None) -> None:
+        """Nothing was changed. That is no lost race if the version is still the one that was read."""
+        found = await self._local.find_one({"_id": task_id, "version": change.version}, {"attempts": 1})
+        if found is None:
+            return
+        if change.attempt is not None and change.attempt.number - 1 > len(found["attempts"]):
+            raise ValueError(f"attempt {change.attempt.number} after {len(found['attempts'])}")
+        if before is not None:
+            raise RightLost("The right ran out before the change was written.")
+
+    # The queue
+
+    async def _take_due(self, queued: bool, now: float, lease: float, limit: int) -> list[Task]:
+        """The longest due ones; where others take at the same time, any of the longest due ones that are left."""
+        due = {"queued": queued, "due_at": {"$lte": now}}
+        taken: list[tuple[float, Record]] = []
+        window = limit
+        while len(taken) < limit:
+            cursor = self._local.find(due, {"due_at": 1}).sort("due_at", ASCENDING).limit(window).hint("due")
+            found = {record["_id"]: record["due_at"] for record in await cursor.to_list(window)}
+            missing = limit - len(taken)
+            ids = list(found) if len(found) <= missing or window == limit else random.sample(list(found), missing)
+            ids = ids[:missing]
+            if not ids:
+                break
+            won = await self._take(ids, due, now + lease)
+            taken += [(found[record["_id"]], record) for record in won]
+            if len(won) == len(ids):
+                break
+            window = SPREAD * limit  # others are at the same ones: keep out of their way
+        taken.sort(key=lambda each: each[0])
+        return await self._load([record for _, record in taken], TesView.BASIC)
+
+    async def _take(self, ids: list[str], due: Record, until: float) -> list[Record]:
+        """Those of `ids` that we got: a record is taken only if it is still due when its turn comes."""
+        mark = secrets.token_hex(8)
+        mine: Record = {"_id": {"$in": ids}}
+        await self._tasks.update_many(
+            {**mine, **due}, {"$set": {"due_at": until, "taker": mark}, "$inc": {"version": 1}}, hint="_id_"
+        )
+        records: list[Record] = await self._local.find({**mine, "taker": mark}, _BASIC).hint("_id_").to_list(len(ids))
+        return records
+
+    async def _loads(self) -> dict[str, Load]:
+        total = {"jobs": {"$sum": 1}, "cpus": {"$sum": "$cpus"}, "ram_gb": {"$sum": "$ram_gb"}}
+        answer = await self._database_of(self._client).command(
+            "aggregate",
+            "task",
+            pipeline=[{"$match": {"active": True}}, {"$group": {"_id": "$site", **total}}],
+            cursor={"batchSize": 100_000},
+            hint="active",
+            readConcern={"level": "local"},
+        )
+        rows = answer["cursor"]["firstBatch"]
+        return {row["_id"]: Load(row["jobs"], row["cpus"], row["ram_gb"]) for row in rows if row["_id"] is not None}
+
+    async def _hold(self, right: str, holder: str, seconds: float) -> float | None:
+        """By the server's clock, so that no other counts. Its expiry is what `before` is compared with."""
+        free = {"$or": [{"holder": holder}, {"$expr": {"$lte": ["$until", "$$NOW"]}}]}
+        until = {"$add": ["$$NOW", math.floor(seconds * 1000)]}
+        try:
+            found = await self._rights.find_one_and_update(
+                {"_id": right, **free},
+                [{"$set": {"holder": {"$literal": holder}, "until": until}}],
+                upsert=True,
+                return_document=ReturnDocument.AFTER,
+            )
+        except DuplicateKeyError:
+            return None
+        held: datetime = found["until"]
+        return held.replace(tzinfo=UTC).timestamp()
+
+    async def _purge(self, ended_before: float, limit: int) -> int:
+        condition = {"ended": {"$lt": ended_before}, "due_at": {"$exists": False}}
+        cursor = self._tasks.find(condition, {"_id": 1}).sort("ended", ASCENDING).limit(limit).hint("ended")
+        ids = [record["_id"] for record in await cursor.to_list(limit)]
+        if ids:
+            # The record last: if this is cut off, the next round finds the task again.
+            await self._texts.delete_many({"task": {"$in": ids}})
+            await self._tasks.delete_many({"_id": {"$in": ids}})
+        stale = {"unanswered": {"$exists": True}, "created": {"$lt": self.clock() - STALE}}
+        await self._tasks.update_many(stale, {"$unset": {"unanswered": 1, "sender": 1}}, hint="unanswered")
+        return len(ids)
+
+    # Texts
+
+    async def _write_texts(self, part: _Part) -> None:
+        if part.pieces:
+            await self._texts.insert_many(part.pieces)
+
+    async def _drop_texts(self, part: _Part) -> None:
+        if part.pieces:
+            with suppress(PyMongoError):  # nobody sees them
+                await self._texts.delete_many({"_id": {"$in": [piece["_id"] for piece in part.pieces]}})
+
+
+class _Part:
+    """The texts of one change, cut into pieces. Pieces sort in the order of changes, and within one as they came."""
+
+    def __init__(self, task_id: str, version: int) -> None:
+        self.name = secrets.token_hex(6)
+        self.pieces: list[Record] = []
+        self._task_id = task_id
+        self._version = version
+        self._room = 0
+
+    def put(self, rows: Iterable[Row], *, long: bool = False) -> None:
+        """Add texts; ValueError for text that UTF-8 cannot hold, and nothing is written then."""
+        for kind, number, position, text in rows:
+            data = text.encode()
+            for start in range(0, max(len(data), 1), PIECE):
+                self._add([kind, number, position, data[start : start + PIECE]], long)
+
+    def or_inline(self, text: str, kind: str, number: int, limit: int) -> str | Record:
+        """The text itself if it is short, else where it is."""
+        if len(text) <= limit:
+            text.encode()
+            return text
+        self.put([(kind, number, 0, text)], long=True)
+        return {"part": self.name}
+
+    def _add(self, item: list[Any], long: bool) -> None:
+        size = len(item[3]) + 64
+        if size > self._room or self.pieces[-1]["long"] != long:
+            place = f"{self._task_id}/{self._version:010}/{self.name}/{len(self.pieces):06}"
+            self.pieces.append({"_id": place, "task": self._task_id, "part": self.name, "long": long, "items": []})
+            self._room = PIECE + 64
+        self.pieces[-1]["items"].append(item)
+        self._room -= size
+
+
+def _attempt(attempt: Attempt, part: _Part) -> str | Record:
+    return part.or_inline(attempt_to_json(attempt), ATTEMPT, attempt.number, INLINE)
+
+
+def _line_rows(number: int, lines: Sequence[str]) -> list[Row]:
+    return [(SYSTEM, number, at, line) for at, line in enumerate(lines)]
+
+
+def _marks(state: TesState) -> Record:
+    """The state, and what indexes need to know of it."""
+    marks: Record = {"state": state.value, "queued": state is TesState.QUEUED}
+    return {**marks, "active": True} if state in ACTIVE else marks
+
+
+def _task(record: Record, long: Mapping[tuple[str, str, int], str]) -> Task:
+    document = record.get("document", "")
+    if isinstance(document, dict):
+        document = long[document["part"], DOCUMENT, 0]
+    attempts = [
+        each if isinstance(each, str) else long[each["part"], ATTEMPT, number]
+        for number, each in enumerate(record.get("attempts", ()), 1)
+    ]
+    return Task(
+        id=record["_id"],
+        state=TesState(record["state"]),
+        version=record["version"],
+        due_at=record.get("due_at"),
+        created=record["created"],
+        owner=record["owner"],
+        attempts=tuple(map(attempt_from_json, attempts)),
+        document=document,
+    )
+
+
+def _unavailable(error: PyMongoError) -> StoreUnavailable:
+    """What went wrong, in the driver's words but without its lists of servers."""
+    words = " ".join(str(error).partition(", full error")[0].partition(", Timeout:")[0].split())
+    refused = isinstance(error, OperationFailure) and error.code in _REFUSED
+    return (StoreUnusable if refused else StoreUnavailable)(
+        f"MongoDB could not be used: {words[:300]}.".replace("..", ".")
+    )
+
+
+__all__ = ["INDEXES", "MongoStore", "check_uri"]
