@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from tesp_api.api.openapi import add_docs, openapi
 from tesp_api.api.origins import ForeignPages
 from tesp_api.dispatch import loop
 from tesp_api.dispatch.dispatcher import Dispatcher
+from tesp_api.dispatch.keeper import Keeper
 from tesp_api.dispatch.news import SiteNews
 from tesp_api.dispatch.poller import Poller
-from tesp_api.errors import SettingsError, TespError
+from tesp_api.errors import SettingsError, StoreUnavailable, TespError
 from tesp_api.lifecycle import Policy
 from tesp_api.runner.bundle import build
 from tesp_api.runner.job import FileRoot, Runtime
@@ -35,9 +37,13 @@ from tesp_api.sites.pulsar.embedded import EmbeddedSite
 from tesp_api.sites.pulsar.rest import RestCarrier
 from tesp_api.sites.pulsar.site import PulsarSite
 from tesp_api.store import TaskStore
+from tesp_api.store.mongo import MongoStore
 from tesp_api.store.sqlite import SqliteStore
 
 log = logging.getLogger(__name__)
+
+SQLITE_FILE = "tasks.sqlite"
+"""The embedded store, in server.data_dir."""
 
 STOP_WITHIN = 5.0
 """Seconds that work under way may take when the service stops; what is cut off comes back with its lease."""
@@ -45,29 +51,37 @@ STOP_WITHIN = 5.0
 
 @dataclass
 class Service:
-    """The parts of one service. `running` tells whether its loops live."""
+    """The parts of one service; without the role `dispatch` it has neither sites nor loops."""
 
     store: TaskStore
     sites: Mapping[str, Site]
     dispatcher: Dispatcher
     poller: Poller
+    keeper: Keeper
+    dispatches: bool = True
     loops: list[asyncio.Task[None]] = field(default_factory=list)
 
     @property
     def running(self) -> bool:
         """Whether all loops live."""
-        return bool(self.loops) and not any(each.done() for each in self.loops)
+        return not self.dispatches or (bool(self.loops) and not any(each.done() for each in self.loops))
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[None]:
         """Open store and sites, run the loops; stop in reverse."""
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.store)
+            if not self.dispatches:
+                yield
+                return
+            await self._claim_own_sites()
             for site in self.sites.values():
                 await stack.enter_async_context(site)
             self.loops = [
-                asyncio.create_task(loop.run(self.dispatcher, self.store.bell), name="dispatcher"),
-                asyncio.create_task(loop.run(self.poller, self.store.bell), name="poller"),
+                *(
+                    asyncio.create_task(loop.run(each, self.store.bell, self.store.clock), name=each.name)
+                    for each in (self.dispatcher, self.poller, self.keeper)
+                ),
                 *(
                     asyncio.create_task(self._listen(site), name=f"updates of {site.facts.name}")
                     for site in self.sites.values()
@@ -79,6 +93,15 @@ class Service:
                 yield
             finally:
                 await self._stop()
+
+    async def _claim_own_sites(self) -> None:
+        """Two services on different machines must not take each other's embedded Pulsar for their own."""
+        with suppress(StoreUnavailable):  # the keeper says it later
+            if site := await self.keeper.foreign():
+                raise SettingsError(
+                    f"The site {site!r} on this machine cannot be used: another service with the same db.mongodb_uri "
+                    "but another server.data_dir has one of that name. Name it in [[default.sites]], or set pulsar.url."
+                )
 
     async def _listen(self, site: Site) -> None:
         async for seen in site.updates():
@@ -129,26 +152,33 @@ def create_app(settings: Settings) -> FastAPI:
             allow_methods=["GET", "POST", "OPTIONS"],
             allow_headers=["*"],
         )
+    if "api" in settings.server.roles:
+        _add_api(app, service, settings)
+    _add_health(app, service)
+    return app
+
+
+def _add_api(app: FastAPI, service: Service, settings: Settings) -> None:
     api = router(
         Api(
             store=service.store,
             service=_description(settings),
             fold_canceling=settings.server.hide_canceling,
+            fold_attempts=settings.retry.fold,
             max_body=int(settings.server.max_body_mb * (1 << 20)),
         )
     )
     for prefix in PREFIXES:
         app.include_router(api, prefix=prefix)
-    _add_health(app, service)
     add_docs(app)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
-    return app
 
 
 def build_service(settings: Settings) -> Service:
     """The parts of the service, not yet opened."""
-    store = SqliteStore(settings.server.data_dir.absolute() / "tasks.sqlite")
-    sites = {site.facts.name: site for site in _sites(settings)}
+    store = _store(settings)
+    dispatches = "dispatch" in settings.server.roles
+    sites = {site.facts.name: site for site in _sites(settings)} if dispatches else {}
     policies = {
         name: Policy(
             lease=settings.dispatch.lease,
@@ -157,12 +187,36 @@ def build_service(settings: Settings) -> Service:
             poll_interval=site.facts.poll_interval,
             cancel_grace=site.facts.cancel_grace,
             max_attempts=settings.retry.max_attempts,
+            backoff=settings.retry.backoff,
         )
         for name, site in sites.items()
     }
     news = SiteNews()
-    dispatcher = Dispatcher(store, sites, policies, news=news)
-    return Service(store, sites, dispatcher, Poller(store, sites, policies, dispatcher.submit, news=news))
+    dispatcher = Dispatcher(store, sites, policies, store.clock, news, settings.dispatch.take_over)
+    poller = Poller(store, sites, policies, dispatcher.submit, store.clock, news)
+    keeper = Keeper(store, settings.retention.days, _owned(settings) if dispatches else {})
+    return Service(store, sites, dispatcher, poller, keeper, dispatches)
+
+
+def _store(settings: Settings) -> TaskStore:
+    if settings.db.mongodb_uri:
+        return MongoStore(settings.db.mongodb_uri)
+    return SqliteStore(settings.server.data_dir.absolute() / SQLITE_FILE)
+
+
+def _owned(settings: Settings) -> Mapping[str, str]:
+    """The sites that live in our data directory, and what tells it from those of other services on a shared store."""
+    names = [keys.name for keys in _all_site_settings(settings) if keys.carrier in ("embedded", "local")]
+    if not names or not settings.db.mongodb_uri:
+        return {}
+    path = settings.server.data_dir.absolute() / "instance"
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    mine = path.with_name(f".{path.name}.{os.getpid()}")
+    mine.write_text(secrets.token_hex(8))
+    with suppress(FileExistsError):  # then another process, or an earlier one, was first
+        os.link(mine, path)
+    mine.unlink()
+    return dict.fromkeys(names, path.read_text())
 
 
 def _add_health(app: FastAPI, service: Service) -> None:

@@ -109,6 +109,9 @@ class Server(Section):
     cors_origins: Texts = ()
     max_body_mb: float = Field(default=32.0, gt=0)
     hide_canceling: bool = False
+    roles: Annotated[tuple[Literal["api", "dispatch"], ...], BeforeValidator(_one_as_list)] = Field(
+        default=("api", "dispatch"), min_length=1
+    )
 
 
 class ServiceInfo(Section):
@@ -193,12 +196,21 @@ class Dispatch(Section):
     """The loops that move tasks."""
 
     lease: float = Field(default=30.0, ge=1)
+    take_over: float = Field(default=5.0, ge=1)
 
 
 class Retry(Section):
-    """When to try a task again."""
+    """When to try a task again, and how that is shown."""
 
-    max_attempts: int = Field(default=3, ge=1)
+    max_attempts: int = Field(default=3, ge=1, le=100)
+    backoff: float = Field(default=5.0, gt=0, le=300)
+    fold: bool = False
+
+
+class Retention(Section):
+    """How long ended tasks are kept."""
+
+    days: float = Field(default=0.0, ge=0)
 
 
 class Logging(Section):
@@ -234,6 +246,7 @@ class Settings(Section):
     container: Container = Container()
     dispatch: Dispatch = Dispatch()
     retry: Retry = Retry()
+    retention: Retention = Retention()
     logging: Logging = Logging()
     basic_auth: BasicAuth = BasicAuth()
     oauth: OAuth = OAuth()
@@ -254,7 +267,6 @@ class Settings(Section):
     def _only_what_works(self) -> Self:
         """A setting that this release cannot fulfil must not be taken in silence, least of all one that protects."""
         missing = {
-            "db.mongodb_uri": bool(self.db.mongodb_uri),
             "pulsar.amqp_url": bool(self.pulsar.amqp_url) or any(site.amqp_url for site in self.sites),
             "basic_auth.enable": self.basic_auth.enable,
             "oauth.enable": self.oauth.enable,

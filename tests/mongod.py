@@ -54,6 +54,12 @@ def binary() -> str | None:
     return _search()[0]
 
 
+def need() -> None:
+    """Skip the test, or fail, where there is no mongod."""
+    found, reason = _search()
+    require(found, reason)
+
+
 def free_port() -> int:
     """A port that nobody listens on, and that no outgoing connection will be given while its server is down.
 
@@ -123,7 +129,7 @@ class Mongod:
         login: Login | None = None,
         certificates: Certificates | None = None,
     ) -> None:
-        require(binary(), _search()[1])
+        need()
         self.directory, self.login, self.certificates = directory, login, certificates
         self.paused = False
         self._port = port
@@ -226,7 +232,7 @@ class Mongod:
 
     def _add_login(self, login: Login) -> None:
         """As long as there is no user, everyone on this machine may add the first one."""
-        tls = {"tlsCAFile": str(self.certificates.authority)} if self.certificates else {}
+        tls: dict[str, Any] = {"tlsCAFile": str(self.certificates.authority)} if self.certificates else {}
         with MongoClient[Any]("127.0.0.1", self.port, directConnection=True, tls=bool(tls), **tls) as client:
             client.admin.command("createUser", login.name, pwd=login.password, roles=["root"])
 
@@ -389,7 +395,7 @@ _lock = threading.Lock()
 
 def shared(kind: Kind) -> Mongod | ReplicaSet:
     """The standalone or the replica set of one node that all tests of this process use; it is not for killing."""
-    require(binary(), _search()[1])
+    need()
     with _lock:
         if kind not in _shared:
             directory = Path(tempfile.mkdtemp(prefix=f"tesp-mongod-{kind}-"))

@@ -13,13 +13,14 @@ from tesp_api.dispatch import place
 from tesp_api.dispatch.news import SiteNews
 from tesp_api.dispatch.plan import plan
 from tesp_api.dispatch.record import record
-from tesp_api.errors import PlanError, SiteRefused, SiteUnavailable, StoreUnavailable
+from tesp_api.dispatch.right import Right
+from tesp_api.errors import PlanError, RightLost, SiteRefused, SiteUnavailable, StoreUnavailable
 from tesp_api.lifecycle import Policy
 from tesp_api.runner.job import Plan
 from tesp_api.sites import Site, SiteFacts
 from tesp_api.store import Load, Ring, TaskStore
 from tesp_api.task import ACTIVE, Attempt, Bodies, Task
-from tesp_api.tes import TesState
+from tesp_api.tes import TesState, TesView
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Dispatcher:
         policies: Mapping[str, Policy],
         clock: Callable[[], float] = time.time,
         news: SiteNews | None = None,
+        take_over: float = 5.0,
     ) -> None:
         self._store = store
         self._sites = sites
@@ -53,9 +55,31 @@ class Dispatcher:
         self._clock = clock
         self._news = news or SiteNews()
         self._full: tuple[Mapping[str, Load], float] | None = None
+        # Where nothing is limited nothing is counted, and all processes may place at once.
+        limited = any((facts.max_jobs, facts.cpus, facts.ram_gb) != (None, None, None) for facts in self._facts)
+        self._right = Right(store, "place", take_over) if limited else None
+        self._before: float | None = None
+        self._elsewhere = False
 
     async def tick(self) -> int:
         """Take what is due and fits, and start its submits; how many were assigned."""
+        due_at = await self._store.next_due(queued=True)
+        if due_at is None or due_at > self._clock():
+            self._blocked = self._elsewhere = False
+            return 0
+        if self._right is not None:
+            self._before = await self._right.until()
+            self._elsewhere = self._before is None
+            if self._elsewhere:
+                return 0
+        try:
+            return await self._place()
+        except RightLost:
+            assert self._right is not None, "only a right can be lost"
+            self._right.lost()
+            return 0
+
+    async def _place(self) -> int:
         loads = dict(await self._store.loads())
         room = sum(place.room(facts, loads.get(facts.name, Load())) for facts in self._facts)
         now = self._clock()
@@ -77,14 +101,18 @@ class Dispatcher:
 
     def wakes_on(self) -> Ring:
         """New tasks, but only room when there is none: a burst of creates must not cost a look each."""
+        if self._elsewhere:
+            return Ring(0)
         return Ring.ROOM if self._blocked else Ring.QUEUED | Ring.ROOM
 
     async def next_due(self) -> float | None:
         """The oldest waiting task, unless all sites are full: then the end of another task rings the bell."""
-        return None if self._blocked else await self._store.next_due(queued=True)
+        return None if self._blocked or self._elsewhere else await self._store.next_due(queued=True)
 
     async def drain(self) -> None:
-        """Wait for the submits under way."""
+        """Wait for the submits under way, and let others place."""
+        if self._right is not None:
+            await self._right.give_back()
         while self._submitting:
             await asyncio.wait(self._submitting)
 
@@ -92,7 +120,7 @@ class Dispatcher:
         """A mistake of ours about one task must not hold up the others."""
         try:
             return await self._assign(task, loads)
-        except StoreUnavailable:
+        except (StoreUnavailable, RightLost):
             raise
         except Exception as error:
             log.exception("%s could not be assigned", task.id)
@@ -111,7 +139,9 @@ class Dispatcher:
             await record(self._store, task, lambda task: _later(task, now))
             return False
         name, policy = facts.name, self._policies[facts.name]
-        taken = await record(self._store, task, lambda task: lifecycle.assign(task, name, now, policy))
+        taken = await record(
+            self._store, task, lambda task: lifecycle.assign(task, name, now, policy), before=self._before
+        )
         if taken is None:  # cancelled meanwhile
             return False
         loads[name] = place.with_one_more(loads.get(name, Load()), task.spec.resources)
@@ -136,7 +166,7 @@ class Dispatcher:
         except SiteUnavailable as error:
             reason = str(error)
             self._news.silent(attempt.site, reason)
-            await record(self._store, task, lambda task: _unsure(task, attempt, self._clock(), reason, policy))
+            await self._noted(task, attempt, lambda task: _unsure(task, attempt, self._clock(), reason, policy))
         except (PlanError, SiteRefused) as error:
             reason = str(error)
             if isinstance(error, SiteRefused):
@@ -147,14 +177,37 @@ class Dispatcher:
         except Exception as error:  # a mistake of ours or of the site's; patience ends it if it stays
             log.exception("the submit of %s failed", attempt.job_id)
             reason = f"The service failed: {error!r}"
-            await record(self._store, task, lambda task: _unsure(task, attempt, self._clock(), reason, policy))
+            await self._noted(task, attempt, lambda task: _unsure(task, attempt, self._clock(), reason, policy))
         else:
             now = self._clock()
             self._news.answers(attempt.site)
-            await record(self._store, task, lambda task: lifecycle.confirmed(task, attempt.number, now, policy))
+            await self._noted(task, attempt, lambda task: lifecycle.confirmed(task, attempt.number, now, policy))
+
+    async def _noted(self, task: Task, attempt: Attempt, decide: Callable[[Task], lifecycle.Change | None]) -> None:
+        """Note what became of a submit. A process that slept through its lease in the middle of it finds that the task
+        has moved on; then nobody waits for the job that may have arrived by now."""
+        if await record(self._store, task, decide) is not None:
+            return
+        current = await self._store.get(task.id, TesView.BASIC)
+        if lifecycle.is_over(current, attempt.number):
+            await self._withdraw(current, attempt)
+
+    async def _withdraw(self, task: Task | None, attempt: Attempt) -> None:
+        """Remove a job that came too late; if its site does not hear us now, the clean-up after the task's end does."""
+        log.warning("Job %s came too late to its site %r and is removed.", attempt.job_id, attempt.site)
+        site = self._sites[attempt.site]
+        try:
+            async with asyncio.timeout(self._lease):
+                await site.cancel(attempt.job_id, force=True)
+                await site.forget(attempt.job_id, force=True)
+        except Exception as error:
+            log.warning("Job %s could not be removed yet: %s", attempt.job_id, error or "no answer in time")
+            if task is not None:
+                await record(self._store, task, lambda task: lifecycle.left_behind(task, attempt.number, self._clock()))
 
     async def _submit(self, task: Task, attempt: Attempt, policy: Policy) -> None:
         site = self._sites[attempt.site]
+        await self._stop_earlier(task, attempt, policy)
         contents = await self._store.contents(task.id) if task.spec.inputs else {}
         document = _planned(replace(task, bodies=Bodies(contents=contents)), site.facts)
         # A process that slept through its lease must not submit: another may have ended the task meanwhile.
@@ -166,6 +219,29 @@ class Dispatcher:
                 await site.submit(document)
         except TimeoutError:
             raise SiteUnavailable(f"The site {attempt.site!r} did not answer the submit in time.") from None
+
+    async def _stop_earlier(self, task: Task, attempt: Attempt, policy: Policy) -> None:
+        """Have earlier attempts killed that were given up but may still run. At the site of this attempt that must
+        succeed; another site may be gone for good, so it does not hold up this one."""
+        earlier = [each for each in lifecycle.running_on(task) if each.site in self._sites]
+        if not earlier:
+            return
+        errors = await asyncio.gather(*(self._kill(each, policy) for each in earlier))
+        for each, error in zip(earlier, errors, strict=True):
+            if error is not None and each.site == attempt.site:
+                raise error
+
+    async def _kill(self, attempt: Attempt, policy: Policy) -> Exception | None:
+        """Have a job killed; what went wrong."""
+        try:
+            async with asyncio.timeout(0.2 * policy.lease):
+                await self._sites[attempt.site].cancel(attempt.job_id, force=True)
+        except TimeoutError:
+            return SiteUnavailable(f"The site {attempt.site!r} did not answer the kill of {attempt.job_id} in time.")
+        except Exception as error:
+            log.info("kill of %s: %r", attempt.job_id, error)
+            return error
+        return None
 
 
 def _planned(task: Task, facts: SiteFacts) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from tesp_api.errors import StoreUnavailable
@@ -12,8 +13,12 @@ from tesp_api.store import Bell, Ring
 
 log = logging.getLogger(__name__)
 
-LONGEST_WAIT = 1.0
+LONGEST_WAIT = 0.25
 """Seconds after which a loop looks by itself: another process may have rung a bell that we cannot hear."""
+
+
+STORE_AGAIN = 2.0
+"""Longest pause in seconds before a store that does not answer is asked again."""
 
 
 class Ticker(Protocol):
@@ -31,18 +36,21 @@ class Ticker(Protocol):
         """When there will be something to do, in seconds since the epoch; None if nothing is known."""
 
 
-async def run(ticker: Ticker, bell: Bell) -> None:
-    """Tick for ever. An error is logged and followed by a growing pause; only cancellation ends this."""
+async def run(ticker: Ticker, bell: Bell, clock: Callable[[], float] = time.time) -> None:
+    """Tick for ever. An error is logged and followed by a growing pause; only cancellation ends this.
+
+    `clock` is the one by which things become due.
+    """
     listener = bell.listen()
     failures = 0
     while True:
         try:
             moved = await ticker.tick()
             failures = 0
-            pause = 0.0 if moved else await _pause(ticker)
+            pause = 0.0 if moved else await _pause(ticker, clock)
         except StoreUnavailable as error:
             failures += 1
-            pause = _backoff(failures)
+            pause = min(_backoff(failures), STORE_AGAIN)
             log.warning("%s: %s Trying again in %.1f s.", ticker.name, error, pause)
             await asyncio.sleep(pause)
             continue
@@ -58,9 +66,9 @@ async def run(ticker: Ticker, bell: Bell) -> None:
             await asyncio.sleep(0)
 
 
-async def _pause(ticker: Ticker) -> float:
+async def _pause(ticker: Ticker, clock: Callable[[], float]) -> float:
     due = await ticker.next_due()
-    return LONGEST_WAIT if due is None else min(max(due - time.time(), 0.002), LONGEST_WAIT)
+    return LONGEST_WAIT if due is None else min(max(due - clock(), 0.002), LONGEST_WAIT)
 
 
 def _backoff(failures: int) -> float:

@@ -6,6 +6,7 @@ import logging
 
 from tesp_api.lifecycle import Change
 from tesp_api.task import Task
+from tesp_api.tes import TesState
 
 log = logging.getLogger("tesp_api.dispatch")
 
@@ -30,8 +31,12 @@ class SiteNews:
 
 
 def told(task: Task, change: Change) -> None:
-    """One line for a task that has just ended."""
-    if change.state is not None and task.final:
-        site = task.attempt.site if task.attempt else "no site"
-        reason = f": {change.system[0]}" if change.system else ""
+    """One line for a task that has just ended, and one for an attempt that has failed and is followed by another."""
+    if change.state is None:
+        return
+    site = task.attempt.site if task.attempt else "no site"
+    reason = f": {change.system[0]}" if change.system else ""
+    if task.final:
         log.info("Task %s is %s (%s)%s", task.id, task.state, site, reason)
+    elif change.state is TesState.QUEUED:
+        log.info("Task %s is tried again after attempt %d (%s)%s", task.id, len(task.attempts), site, reason)

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 
 from tesp_api import lifecycle
 from tesp_api.dispatch.news import SiteNews
@@ -21,6 +22,15 @@ from tesp_api.tes import TesState, TesView
 log = logging.getLogger(__name__)
 
 BATCH = 128
+
+EARLIER_EVERY = 12
+"""Looks at a job from one try to end the task's earlier jobs to the next."""
+
+MOST_LOOKS = 100.0
+"""Looks per second at one site, above which each job is looked at less often: a look costs us and the site time."""
+
+COUNT_EVERY = 5.0
+"""Seconds after which the jobs of the sites are counted again."""
 
 Submit = Callable[[Task], Awaitable[None]]
 
@@ -47,14 +57,20 @@ class Poller:
         self._clock = clock
         self._news = news or SiteNews()
         self._at_work: set[asyncio.Task[None]] = set()
+        self._cleaning: set[str] = set()  # tasks of whose earlier attempts something is being removed
+        self._calm = dict(policies)
+        self._counted: float | None = None
 
     async def tick(self) -> int:
         """Take what is due and start one look per site; how many tasks were taken."""
-        tasks = await self._store.take_due(queued=False, now=self._clock(), lease=self._lease, limit=BATCH)
+        now = self._clock()
+        tasks = await self._store.take_due(queued=False, now=now, lease=self._lease, limit=BATCH)
+        if tasks and not (self._counted is not None and 0 <= now - self._counted < COUNT_EVERY):
+            await self._count(now)
         by_site: dict[str, list[Task]] = defaultdict(list)
         for task in tasks:
             if task.final:
-                self._start(self._clean_up(task), f"clean up {task.id}")
+                self._start(self._clean_up(task, lifecycle.unforgotten(task)), f"clean up {task.id}")
             elif task.state is TesState.CANCELING and task.attempt is not None:
                 # To cancel can take as long as a submit under way; that must not keep the others waiting.
                 self._start(self._look(task.attempt.site, [task]), f"cancel {task.id}")
@@ -64,6 +80,15 @@ class Poller:
             # A slow or dead site must not keep the others waiting, so each group goes its own way.
             self._start(self._look(name, group), f"look at {name}")
         return len(tasks)
+
+    async def _count(self, now: float) -> None:
+        """With many jobs at a site, make the longest pause between two looks at one of them longer."""
+        loads = await self._store.loads()
+        for name, policy in self._policies.items():
+            jobs = loads[name].jobs if name in loads else 0
+            pause = max(policy.poll_interval, min(jobs / MOST_LOOKS, policy.patience / 3))
+            self._calm[name] = replace(policy, poll_interval=pause)
+        self._counted = now
 
     def wakes_on(self) -> Ring:
         """Whatever is under way."""
@@ -93,10 +118,13 @@ class Poller:
         site = self._sites.get(name)
         if site is None:
             reason = f"The site {name!r} is not configured any more."
+            policy = next(iter(self._policies.values()), Policy())  # attempts and backoff are the same for all
             for task in tasks:
-                await record(self._store, task, lambda task: _give_up(task, self._clock(), reason))
+                await record(self._store, task, lambda task: lifecycle.unreachable(task, self._clock(), reason, policy))
             return
-        policy = self._policies[name]
+        policy = self._calm[name]
+        for task in tasks:
+            self._clean_up_earlier(task)
         tasks = [await self._fulfil_cancel(site, task, policy) for task in tasks]
         await self._observe(site, tasks, policy)
 
@@ -187,10 +215,24 @@ class Poller:
         if task is not None and task.attempt is not None and task.attempt.site in self._policies:
             await self._note_safely(task, seen, self._policies[task.attempt.site])
 
-    async def _clean_up(self, task: Task) -> None:
-        done = frozenset([each.number for each in lifecycle.unforgotten(task) if await self._forget(each)])
+    def _clean_up_earlier(self, task: Task) -> None:
+        """Beside a look now and then: end what was given up, as soon as its site answers again."""
+        now_and_then = task.attempt is not None and task.attempt.looks % EARLIER_EVERY == 0
+        if now_and_then and task.id not in self._cleaning and (earlier := lifecycle.running_on(task)):
+            self._cleaning.add(task.id)
+            self._start(self._clean_up(task, earlier), f"clean up before {task.id}")
+
+    async def _clean_up(self, task: Task, attempts: Sequence[Attempt]) -> None:
+        try:
+            await self._forget_all(task, attempts)
+        finally:
+            self._cleaning.discard(task.id)
+
+    async def _forget_all(self, task: Task, attempts: Sequence[Attempt]) -> None:
+        done = frozenset([each.number for each in attempts if await self._forget(each)])
         policy = self._policies.get(task.attempts[-1].site, Policy()) if task.attempts else Policy()
-        await record(self._store, task, lambda task: lifecycle.forgotten(task, done, self._clock(), policy))
+        for _ in range(max(1, len(done))):
+            await record(self._store, task, lambda task: lifecycle.forgotten(task, done, self._clock(), policy))
 
     async def _forget(self, attempt: Attempt) -> bool:
         site = self._sites.get(attempt.site)
@@ -207,10 +249,6 @@ class Poller:
         except Exception:
             log.exception("clean-up of %s failed", attempt.job_id)
             return False
-
-
-def _give_up(task: Task, now: float, reason: str) -> lifecycle.Change | None:
-    return lifecycle.give_up(task, now, reason) if task.state in ACTIVE else None
 
 
 def _silent(task: Task, now: float, reason: str, policy: Policy) -> lifecycle.Change | None:

@@ -9,6 +9,7 @@ time must decide, it holds a right, which the store gives for a while.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -59,27 +60,30 @@ class Once:
     """What tells a repeated create from a new one.
 
     `body` is a digest of who sent what, `key` one of who sent which Idempotency-Key (empty: none). `sender` is the
-    process that takes the create, new at each start. Repeats of a body count only if it was created after `since`.
+    process that takes the create, new at each start. Repeats of a body count only if it was created after `since` and
+    not after `until`.
     """
 
     body: str
     sender: str
     key: str = ""
     since: float = 0.0
+    until: float = math.inf
 
 
 @dataclass(frozen=True)
 class Repeat:
     """An earlier create that a new one may repeat, with the digest of its body.
 
-    `by_key`: they share the Idempotency-Key. If not, they share the body, another process took the earlier one, and it
-    is not known (yet) whether its answer has arrived.
+    `by_key`: they share the Idempotency-Key. If not, they share the body, another process took the earlier one (its
+    `sender`), and it is not known (yet) whether its answer has arrived.
     """
 
     task_id: str
     created: float
     body: str
     by_key: bool
+    sender: str = ""
 
 
 class Ring(Flag):

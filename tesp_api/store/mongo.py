@@ -130,7 +130,7 @@ def check_uri(uri: str) -> None:
     """Raises SettingsError, without a word of the URI, which may hold a password, unless it can be used."""
     try:
         parsed = parse_uri(uri, validate=True, warn=False) if "+srv://" not in uri else {"database": None}
-    except (InvalidURI, ConfigurationError, InvalidName, ValueError) as error:
+    except (InvalidURI, ConfigurationError, InvalidName, ValueError, OSError) as error:
         reason = "it cannot be read" if "@" in uri else " ".join(str(error).split())
         raise SettingsError(f"settings: db.mongodb_uri is no MongoDB address: {reason}") from None
     if uri.partition("?")[0].rpartition("/")[2] and parsed.get("collection"):
@@ -321,37 +321,7 @@ class MongoStore:
     async def _add(self, task: Task, once: Once | None) -> Repeat | None:
         if once is not None and (repeat := await self._repeat(once)) is not None:
             return repeat
-        cpus, ram_gb = asked(task)
-        part = _Part(task.id, task.version)
-        record: Record = {
-            "_id": task.id,
-            "version": task.version,
-            "created": task.created,
-            "owner": task.owner,
-            "name": task.spec.name or "",
-            "cpus": cpus,
-            "ram_gb": ram_gb,
-            "tags": [{"k": key, "v": value} for key, value in (task.spec.tags or {}).items()],
-            "document": part.or_inline(task.document, DOCUMENT, 0, 16 * INLINE),
-            "attempts": [_attempt(each, part) for each in task.attempts],
-            **_marks(task.state),
-        }
-        if task.attempt is not None:
-            record["site"] = task.attempt.site
-        if task.due_at is not None:
-            record["due_at"] = task.due_at
-        if task.final:
-            record["ended"] = ended_at(task)
-        if once is not None:
-            record |= (
-                {"key": once.key, "body": once.body} if once.key else {"unanswered": once.body, "sender": once.sender}
-            )
-        if task.bodies is not None:
-            part.put(content_rows(task.bodies))
-            part.put(stream_rows(task.bodies.streams))
-            for number, lines in task.bodies.system.items():
-                part.put(_line_rows(number, lines))
-        record["parts"] = [part.name] if part.pieces else []
+        record, part = record_of(task, once)
         await self._write_texts(part)
         try:
             await self._tasks.insert_one(record)
@@ -363,13 +333,14 @@ class MongoStore:
         return None
 
     async def _repeat(self, once: Once) -> Repeat | None:
-        wanted = {"created": 1, "body": 1, "unanswered": 1}
+        wanted = {"created": 1, "body": 1, "sender": 1}
         if once.key:
             found = await self._local.find_one({"key": once.key}, wanted, hint="key")
             return Repeat(found["_id"], found["created"], found["body"], by_key=True) if found else None
-        condition = {"unanswered": once.body, "created": {"$gt": once.since}, "sender": {"$ne": once.sender}}
+        between = {"$gt": once.since, "$lte": once.until}
+        condition = {"unanswered": once.body, "created": between, "sender": {"$ne": once.sender}}
         found = await self._local.find_one(condition, wanted, hint="unanswered")
-        return Repeat(found["_id"], found["created"], found["unanswered"], by_key=False) if found else None
+        return Repeat(found["_id"], found["created"], once.body, by_key=False, sender=found["sender"]) if found else None
 
     @property
     def _local(self) -> Any:
@@ -566,17 +537,17 @@ class MongoStore:
 
     async def _hold(self, right: str, holder: str, seconds: float) -> float | None:
         """By the server's clock, so that no other counts. Its expiry is what `before` is compared with."""
-        free = {"$or": [{"holder": holder}, {"$expr": {"$lte": ["$until", "$$NOW"]}}]}
         until = {"$add": ["$$NOW", math.floor(seconds * 1000)]}
-        try:
-            found = await self._rights.find_one_and_update(
-                {"_id": right, **free},
-                [{"$set": {"holder": {"$literal": holder}, "until": until}}],
-                upsert=True,
-                return_document=ReturnDocument.AFTER,
-            )
-        except DuplicateKeyError:
-            return None
+        update = [{"$set": {"holder": {"$literal": holder}, "until": until}}]
+        free = {"$or": [{"holder": holder}, {"$expr": {"$lte": ["$until", "$$NOW"]}}]}
+        after = ReturnDocument.AFTER
+        found = await self._rights.find_one_and_update({"_id": right, **free}, update, return_document=after)
+        if found is None:  # another has it, or nobody ever had
+            mine = {"_id": right, "holder": holder}
+            try:
+                found = await self._rights.find_one_and_update(mine, update, upsert=True, return_document=after)
+            except DuplicateKeyError:
+                return None
         held: datetime = found["until"]
         return held.replace(tzinfo=UTC).timestamp()
 
@@ -637,6 +608,40 @@ class _Part:
             self._room = PIECE + 64
         self.pieces[-1]["items"].append(item)
         self._room -= size
+
+
+def record_of(task: Task, once: Once | None = None) -> tuple[Record, _Part]:
+    """What `add` keeps of a new task: its record, and its texts."""
+    cpus, ram_gb = asked(task)
+    part = _Part(task.id, task.version)
+    record: Record = {
+        "_id": task.id,
+        "version": task.version,
+        "created": task.created,
+        "owner": task.owner,
+        "name": task.spec.name or "",
+        "cpus": cpus,
+        "ram_gb": ram_gb,
+        "tags": [{"k": key, "v": value} for key, value in (task.spec.tags or {}).items()],
+        "document": part.or_inline(task.document, DOCUMENT, 0, 16 * INLINE),
+        "attempts": [_attempt(each, part) for each in task.attempts],
+        **_marks(task.state),
+    }
+    if task.attempt is not None:
+        record["site"] = task.attempt.site
+    if task.due_at is not None:
+        record["due_at"] = task.due_at
+    if task.final:
+        record["ended"] = ended_at(task)
+    if once is not None:
+        record |= {"key": once.key, "body": once.body} if once.key else {"unanswered": once.body, "sender": once.sender}
+    if task.bodies is not None:
+        part.put(content_rows(task.bodies))
+        part.put(stream_rows(task.bodies.streams))
+        for number, lines in task.bodies.system.items():
+            part.put(_line_rows(number, lines))
+    record["parts"] = [part.name] if part.pieces else []
+    return record, part
 
 
 def _attempt(attempt: Attempt, part: _Part) -> str | Record:

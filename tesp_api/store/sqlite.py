@@ -121,6 +121,9 @@ MIGRATIONS = (
 
 _MINIMAL = "task.id, task.state, task.version, task.due_at, task.created, task.owner"
 _BASIC = _MINIMAL + ", task.attempts, (SELECT text FROM document WHERE document.task_id = task.id)"
+_UNANSWERED = (
+    "SELECT task_id, created, sender FROM unanswered WHERE body = ?1 AND created > ?3 AND created <= ?4"
+)
 BATCH = 256
 _OURS = (sqlite3.OperationalError, sqlite3.DatabaseError)
 """What the disk or another process did; anything else is the caller's."""
@@ -411,11 +414,10 @@ def _repeat(db: sqlite3.Connection, once: Once) -> Repeat | None:
         return Repeat(row[0], row[1], row[2], by_key=True) if row else None
     # Two ranges of the primary key: a burst of equal creates at this process is passed over, however long it is.
     row = db.execute(
-        "SELECT task_id, created, body FROM unanswered WHERE body = ?1 AND sender < ?2 AND created > ?3 UNION ALL"
-        " SELECT task_id, created, body FROM unanswered WHERE body = ?1 AND sender > ?2 AND created > ?3 LIMIT 1",
-        (once.body, once.sender, once.since),
+        f"{_UNANSWERED} AND sender < ?2 UNION ALL {_UNANSWERED} AND sender > ?2 LIMIT 1",
+        (once.body, once.sender, once.since, once.until),
     ).fetchone()
-    return Repeat(row[0], row[1], row[2], by_key=False) if row else None
+    return Repeat(row[0], row[1], once.body, by_key=False, sender=row[2]) if row else None
 
 
 def _answered(db: sqlite3.Connection, sender: str, creates: Mapping[str, str]) -> None:

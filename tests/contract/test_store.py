@@ -32,6 +32,7 @@ from tests.builders import NOW, make_attempt, make_task
 Open = Callable[[], TaskStore]
 Test = Callable[[TaskStore], Awaitable[None]]
 
+
 @contextmanager
 def on_mongo(kind: mongod.Kind, client: Callable[..., Any] = AsyncIOMotorClient) -> Iterator[Open]:
     """Stores on a fresh database of a real server."""

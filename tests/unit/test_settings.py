@@ -82,7 +82,9 @@ def refused(
         ('[[default.sites]]\nname = "a"\ncarrier = "pigeon"', ["sites.0.carrier"]),
         ('[[default.sites]]\nname = "a"\ncarrier = "rest"\nrul = "x"', ["sites.0.rul", "url"]),
         ("[default.basic_auth]\nenable = true", ["basic_auth.enable", "does not have that yet"]),
-        ('[default.db]\nmongodb_uri = "mongodb://u:p@h"', ["db.mongodb_uri"]),
+        ('[default.pulsar]\namqp_url = "amqp://u:p@h"', ["pulsar.amqp_url"]),
+        ('[default.server]\nroles = []', ["server.roles"]),
+        ('[default.server]\nroles = ["api", "db"]', ["server.roles"]),
         ("[default\n", ["cannot be read"]),
         ('[default.server]\nport = "@int x"', []),
     ],
@@ -97,7 +99,7 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path: Path, text: str, words: li
 def test_secrets_are_not_in_the_message(tmp_path: Path) -> None:
     file = written(tmp_path, '[default.pulsar]\nprivate_token = ["t0p-s3cret"]\n')
     assert "s3cret" not in refused(file)
-    assert "s3cret" not in refused(written(tmp_path, '[default.db]\nmongodb_uri = "mongodb://u:s3cret@h"'))
+    assert "s3cret" not in refused(written(tmp_path, '[default.pulsar]\namqp_url = "amqp://u:s3cret@h"'))
 
 
 def test_profiles(tmp_path: Path) -> None:
