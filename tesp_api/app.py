@@ -21,6 +21,7 @@ from tesp_api import __version__
 from tesp_api.api import PREFIXES, Api, ServiceDescription, problems, router
 from tesp_api.api.openapi import add_docs, openapi
 from tesp_api.api.origins import ForeignPages
+from tesp_api.api.repeats import Creates
 from tesp_api.dispatch import loop
 from tesp_api.dispatch.dispatcher import Dispatcher
 from tesp_api.dispatch.keeper import Keeper
@@ -37,6 +38,7 @@ from tesp_api.sites.pulsar.embedded import EmbeddedSite
 from tesp_api.sites.pulsar.rest import RestCarrier
 from tesp_api.sites.pulsar.site import PulsarSite
 from tesp_api.store import TaskStore
+from tesp_api.store.copy import copy
 from tesp_api.store.mongo import MongoStore
 from tesp_api.store.sqlite import SqliteStore
 
@@ -127,10 +129,11 @@ def _tell_of_death(task: asyncio.Task[None]) -> None:
 def create_app(settings: Settings) -> FastAPI:
     """The web application, whose lifespan runs the whole service. Raises TespError for settings that cannot work."""
     service = build_service(settings)
+    creates = Creates(service.store)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with service.run():
+        async with service.run(), creates.noting():
             yield
 
     app = FastAPI(
@@ -153,12 +156,12 @@ def create_app(settings: Settings) -> FastAPI:
             allow_headers=["*"],
         )
     if "api" in settings.server.roles:
-        _add_api(app, service, settings)
+        _add_api(app, service, creates, settings)
     _add_health(app, service)
     return app
 
 
-def _add_api(app: FastAPI, service: Service, settings: Settings) -> None:
+def _add_api(app: FastAPI, service: Service, creates: Creates, settings: Settings) -> None:
     api = router(
         Api(
             store=service.store,
@@ -166,6 +169,8 @@ def _add_api(app: FastAPI, service: Service, settings: Settings) -> None:
             fold_canceling=settings.server.hide_canceling,
             fold_attempts=settings.retry.fold,
             max_body=int(settings.server.max_body_mb * (1 << 20)),
+            creates=creates,
+            clock=service.store.clock,
         )
     )
     for prefix in PREFIXES:
@@ -202,6 +207,23 @@ def _store(settings: Settings) -> TaskStore:
     if settings.db.mongodb_uri:
         return MongoStore(settings.db.mongodb_uri)
     return SqliteStore(settings.server.data_dir.absolute() / SQLITE_FILE)
+
+
+async def migrate(settings: Settings) -> tuple[int, int]:
+    """Move the tasks of the embedded store into db.mongodb_uri; how many were moved, and how many were there already.
+
+    May be repeated when it was interrupted. In the end the file is called `tasks.sqlite.moved`, so that no service
+    starts on it by mistake. Raises TespError; nothing is lost then.
+    """
+    path = settings.server.data_dir.absolute() / SQLITE_FILE
+    if not settings.db.mongodb_uri:
+        raise SettingsError("settings: db.mongodb_uri says where the tasks are to go, and is not set")
+    if not path.is_file():
+        raise SettingsError(f"settings: there are no tasks to move: {path} does not exist")
+    async with SqliteStore(path, alone=True) as source, MongoStore(settings.db.mongodb_uri) as target:
+        counts = await copy(source, target)
+    path.rename(path.with_name(SQLITE_FILE + ".moved"))
+    return counts
 
 
 def _owned(settings: Settings) -> Mapping[str, str]:

@@ -52,6 +52,9 @@ NO_PYTHON = {
     job.EXIT_OLD_PYTHON: "The python3 of the site is too old; the runner needs Python 3.6 or newer.",
 }
 
+LONGEST_BACKOFF: Final = 300.0
+"""Most seconds between a failed attempt and the next one."""
+
 CLEAN_UP_FOR: Final = 7 * 86400.0
 """Seconds for which we try to remove a finished job from a site that does not answer."""
 
@@ -91,7 +94,7 @@ class Policy:
     `lease`: how long a process keeps what it took. `patience`: how long a job or its site may be silent.
     `first_look`, `poll_interval`: the shortest and the longest pause between two looks. `cancel_grace`: how long a
     job has to stop by itself, and how long an ended job may take to leave its result. `max_attempts`: tries of a task
-    altogether.
+    altogether. `backoff`: the pause before the second one, doubled for each later one.
     """
 
     lease: float = 30.0
@@ -100,6 +103,7 @@ class Policy:
     poll_interval: float = 5.0
     cancel_grace: float = 10.0
     max_attempts: int = 3
+    backoff: float = 5.0
 
 
 def _change(
@@ -169,7 +173,7 @@ def next_look(attempt: Attempt, now: float, policy: Policy, *, canceling: bool =
 
 def wait(task: Task, now: float, reason: str, *, pause: float) -> Change:
     """Leave the task as it is and look again after `pause` seconds; `reason` is noted once, not at each look."""
-    attempt = task.attempt
+    attempt = task.attempt if task.state in ACTIVE else None  # to wait for room is no look at the attempt before
     noted = attempt is None or attempt.looks > 0
     if attempt is not None:
         attempt = replace(attempt, looks=attempt.looks + 1)
@@ -185,13 +189,21 @@ def refused(task: Task, number: int, now: float, reason: str) -> Change | None:
 
 
 def silent(task: Task, now: float, reason: str, policy: Policy) -> Change:
-    """The site gave no usable answer about an active task: try later, or give up when patience is over."""
+    """The site gave no usable answer about an active task: try later; when patience is over, the attempt has failed."""
     attempt = task.attempt
     assert attempt is not None, "an active task has an attempt"
     quiet = now - (attempt.heard or attempt.assigned)
     if quiet > policy.patience:
-        return give_up(task, now, f"The site {attempt.site!r} was silent for {quiet:.0f} s: {reason}")
+        return _failed(task, attempt, now, f"The site {attempt.site!r} was silent for {quiet:.0f} s: {reason}", policy)
     return wait(task, now, reason, pause=min(0.2 * 2 ** min(attempt.looks, 10), policy.poll_interval))
+
+
+def unreachable(task: Task, now: float, reason: str, policy: Policy) -> Change | None:
+    """The site of an active task can be asked no more, for `reason`."""
+    attempt = task.attempt
+    if attempt is None or task.state not in ACTIVE:
+        return None
+    return _failed(task, attempt, now, reason, policy)
 
 
 # Looking at a job
@@ -203,18 +215,19 @@ def observed(task: Task, seen: Observation, now: float, policy: Policy) -> Chang
     if attempt is None or attempt.job_id != seen.job_id or task.state not in ACTIVE:
         return None
     if seen.result is not None:
-        return _ended(task, seen.result, now)
+        return _ended(task, seen.result, now, policy)
     attempt = _heard(attempt, seen, now)
     if seen.exit_code != job.EXIT_DUPLICATE:  # a second start that stood back says nothing of the first
         if seen.exit_code in NO_PYTHON:
             return _over(task, attempt, now, NO_PYTHON[seen.exit_code])
         if seen.exit_code in NEVER_STARTED and not _has_started(task, seen):
-            return _again(task, attempt, now, f"The runner could not start (exit code {seen.exit_code}).", policy)
+            reason = f"The runner could not start (exit code {seen.exit_code})."
+            return _over(task, attempt, now, reason) if _is_last(task, policy) else _again(task, attempt, now, reason)
         if seen.phase in (Phase.ENDED, Phase.UNKNOWN):
             return _gone(task, attempt, seen, now, policy)
     quiet = now - (attempt.heard or attempt.assigned)
     if quiet > policy.patience:
-        return give_up(task, now, f"The job showed no sign of life for {quiet:.0f} s.", attempt=attempt)
+        return _failed(task, attempt, now, f"The job showed no sign of life for {quiet:.0f} s.", policy)
     return _going_on(task, attempt, seen, now, policy)
 
 
@@ -258,7 +271,9 @@ def _gone(task: Task, attempt: Attempt, seen: Observation, now: float, policy: P
     if now - attempt.ended < grace:
         pause = min(max(0.05, 0.2 * (now - attempt.ended)), 1.0)
         return _change(task, due_at=now + pause, attempt=attempt)
-    return _over(task, attempt, now, _words(seen))
+    if task.state is TesState.CANCELING:
+        return _over(task, attempt, now, _words(seen))
+    return _failed(task, attempt, now, _words(seen), policy)
 
 
 def _words(seen: Observation) -> str:
@@ -271,7 +286,7 @@ def _words(seen: Observation) -> str:
 # The ends
 
 
-def _ended(task: Task, result: job.Result, now: float) -> Change:
+def _ended(task: Task, result: job.Result, now: float, policy: Policy) -> Change:
     attempt = task.attempt
     assert attempt is not None
     try:
@@ -280,12 +295,15 @@ def _ended(task: Task, result: job.Result, now: float) -> Change:
         system = tuple(str(line) for line in result.system_logs)
     except (ValidationError, ValueError, TypeError, AttributeError, OverflowError) as error:
         return give_up(task, now, f"The job left a result that cannot be read: {_first_fault(error)}")
+    may_help = state is TesState.SYSTEM_ERROR and result.infrastructure is True
     if task.state is TesState.CANCELING:
         state = TesState.CANCELED
     elif state is TesState.CANCELED or state not in FINAL:
         system = (*system, "The job was stopped at the site, not by a cancel of this task.")
         state = TesState.SYSTEM_ERROR
     attempt = replace(attempt, log=log)
+    if may_help and not _is_last(task, policy):
+        return _again(task, attempt, now, *system, pause=_backoff(attempt, policy), streams=streams)
     return _finish(task, state, attempt, now, system=system, streams=streams)
 
 
@@ -350,15 +368,36 @@ def _over(task: Task, attempt: Attempt, now: float, reason: str) -> Change:
     return give_up(task, now, reason, attempt=attempt)
 
 
-def _again(task: Task, attempt: Attempt, now: float, reason: str, policy: Policy) -> Change:
-    """Nothing was started, so another attempt is safe."""
-    if task.state is TesState.CANCELING:
-        return _finish(task, TesState.CANCELED, attempt, now, system=(reason,))
-    if attempt.number >= policy.max_attempts:
+# Another attempt
+
+
+def _failed(task: Task, attempt: Attempt, now: float, reason: str, policy: Policy) -> Change:
+    """The infrastructure has failed this attempt, which may still run: the next one after a pause, or the end."""
+    if _is_last(task, policy):
         return give_up(task, now, reason, attempt=attempt)
-    log = attempt.log.model_copy(update={"end_time": rfc3339(now)})
-    attempt = replace(attempt, log=log, ended=now, abandoned=True)
-    return _change(task, TesState.QUEUED, due_at=now, attempt=attempt, system=(reason,))
+    return _again(task, attempt, now, reason, pause=_backoff(attempt, policy))
+
+
+def _is_last(task: Task, policy: Policy) -> bool:
+    """Whether no attempt may follow: the user wants none, or all are used up."""
+    return task.state is TesState.CANCELING or len(task.attempts) >= policy.max_attempts
+
+
+def _backoff(attempt: Attempt, policy: Policy) -> float:
+    return min(policy.backoff * 2.0 ** (attempt.number - 1), LONGEST_BACKOFF)
+
+
+def _again(
+    task: Task,
+    attempt: Attempt,
+    now: float,
+    *reasons: str,
+    pause: float = 0.0,
+    streams: Mapping[tuple[int, int, str], str] | None = None,
+) -> Change:
+    """Back into the queue for the next attempt. This one keeps its log; what may be left of it is cleaned up later."""
+    change = _finish(task, TesState.QUEUED, attempt, now, system=reasons, streams=streams, abandoned=True)
+    return replace(change, due_at=now + pause)
 
 
 # Cancel
@@ -367,7 +406,7 @@ def _again(task: Task, attempt: Attempt, now: float, reason: str, policy: Policy
 def cancel(task: Task, now: float) -> Change | None:
     """The user's wish. None: the task is final or the wish is known. A QUEUED task is CANCELED at once."""
     if task.state is TesState.QUEUED:
-        # Earlier attempts may have left jobs to clean up; due now then, never again otherwise.
+        # Attempts that were given up may have left jobs to kill and clean up; due now then, never again otherwise.
         return _change(task, TesState.CANCELED, due_at=now if task.attempts else None)
     if task.state in (TesState.INITIALIZING, TesState.RUNNING):
         return _change(task, TesState.CANCELING, due_at=now)
@@ -408,24 +447,52 @@ def never_stopped(task: Task, now: float, policy: Policy) -> Change | None:
 # After the end
 
 
+def is_over(task: Task | None, number: int) -> bool:
+    """Whether a job of attempt `number` that reaches its site only now is of no use to anyone, and nobody else's care.
+
+    An attempt that left its result is not meant: its site has had the job, and the usual clean-up takes it.
+    """
+    attempt = task.attempt if task is not None else None
+    if task is None or attempt is None or attempt.number != number:
+        return True
+    return task.state not in ACTIVE and (attempt.abandoned or attempt.forgotten)
+
+
+def left_behind(task: Task, number: int, now: float) -> Change | None:
+    """Something of the over attempt `number` is at its site, contrary to what was noted: clean up (again)."""
+    found = [each for each in task.attempts if each.number == number]
+    if not found or not is_over(task, number):
+        return None
+    attempt = replace(found[0], ended=found[0].ended or now, abandoned=True, forgotten=False, looks=0)
+    return _change(task, due_at=now if task.final else KEEP, attempt=attempt)
+
+
+def running_on(task: Task) -> tuple[Attempt, ...]:
+    """Earlier attempts of which something may still run. The site of one may have been silent when the next began."""
+    return tuple(each for each in task.attempts[:-1] if each.abandoned and not each.forgotten)
+
+
 def unforgotten(task: Task) -> tuple[Attempt, ...]:
     """Ended attempts of which the site may still keep something."""
     return tuple(each for each in task.attempts if each.ended is not None and not each.forgotten)
 
 
 def forgotten(task: Task, numbers: frozenset[int], now: float, policy: Policy) -> Change | None:
-    """The site keeps nothing more of the attempts `numbers`; the rest is tried again later, for a week at most."""
-    if not task.final:
-        return None
+    """The site keeps nothing more of the attempts `numbers`; the rest is tried again later, for a week at most.
+
+    One attempt is written at a time: to be repeated for each of them.
+    """
+    if not task.final:  # earlier attempts while a later one is under way
+        gone = [each for each in running_on(task) if each.number in numbers]
+        return _change(task, attempt=replace(gone[0], forgotten=True)) if gone else None
     left = [each for each in unforgotten(task) if each.number not in numbers]
     done = [each for each in task.attempts if each.number in numbers and not each.forgotten]
-    # One attempt is written at a time; more than one is rare, and the next look takes the others.
     attempt = replace(done[0], forgotten=True) if done else None
     if attempt is None and left:
         attempt = replace(left[0], looks=left[0].looks + 1)
-        ended = left[0].ended or now
+        ended = max(each.ended or now for each in left)
         if now - ended > CLEAN_UP_FOR:
             return _change(task, due_at=None, attempt=attempt)
         pause = min(0.1 * 2 ** min(left[0].looks, 13), 600.0)
         return _change(task, due_at=now + pause, attempt=attempt)
-    return _change(task, due_at=now if left or len(done) > 1 else None, attempt=attempt)
+    return _change(task, due_at=KEEP if len(done) > 1 else now if left else None, attempt=attempt)

@@ -23,6 +23,18 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(document, ensure_ascii=False)
 
 
+class OneLine(logging.Filter):
+    """A start that fails for a reason of ours is told in one line; the web server would print the whole traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = str(record.msg)
+        if text.startswith("Traceback"):
+            kind, _, reason = text.rstrip().rpartition("\n")[2].partition(": ")
+            if kind.startswith("tesp_api.errors."):
+                record.msg, record.args = f"tesp-api cannot start: {reason}", None
+        return True
+
+
 def configure(level: str, *, as_json: bool) -> None:
     """Send everything of `level` and above to stderr. httpx is quieted: its lines would hold Pulsar's token."""
     handler = logging.StreamHandler(sys.stderr)
@@ -35,3 +47,4 @@ def configure(level: str, *, as_json: bool) -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+    logging.getLogger("uvicorn.error").addFilter(OneLine())

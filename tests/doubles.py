@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from tesp_api.errors import SiteError, SiteUnavailable
 from tesp_api.runner import job
@@ -33,10 +33,10 @@ class Job:
         """The first executor starts."""
         self.phase, self.started, self.beat = Phase.RUNNING, True, self.beat + 1
 
-    def end(self, state: str = "COMPLETE") -> None:
+    def end(self, state: str = "COMPLETE", **fields: Any) -> None:
         """The runner leaves its result."""
         self.phase = Phase.ENDED
-        self.result = job.Result(self.plan.job_id, state, "2026-01-31T12:00:00.0Z", "2026-01-31T12:00:01.0Z")
+        self.result = job.Result(self.plan.job_id, state, "2026-01-31T12:00:00.0Z", "2026-01-31T12:00:01.0Z", **fields)
 
     def exit(self, code: int) -> None:
         """The process ends without a result."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 
+SERVE = [sys.executable, "-m", "tesp_api", "serve"]
 FINAL = {"COMPLETE", "EXECUTOR_ERROR", "SYSTEM_ERROR", "CANCELED"}
 
 
@@ -39,14 +40,14 @@ class Service:
         self._process: subprocess.Popen[bytes] | None = None
         self._http: httpx.Client | None = None
 
-    def start(self) -> None:
-        """Start a process and wait until it answers."""
+    def start(self, *options: str) -> None:
+        """Start a process and wait until it answers; `options` are those of `tesp serve`."""
         self.directory.mkdir(parents=True, exist_ok=True)
         seen = self.log.stat().st_size if self.log.exists() else 0
         environment = {k: v for k, v in os.environ.items() if not k.startswith("TESP_")}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tesp_api", "serve", "--port", "0", "--data-dir", str(self.directory / "data")],
+                [*SERVE, "--port", "0", "--data-dir", str(self.directory / "data"), *options],
                 env={**environment, "PYTHONPATH": str(Path(__file__).parent.parent), **self._variables},
                 cwd=self.directory,
                 stdout=log,
@@ -55,6 +56,12 @@ class Service:
             )
         url = until(lambda: self._address(seen), 30, "the service's address")
         self._http = httpx.Client(base_url=url, timeout=30)
+        until(self._answers, 30, "an answer")  # workers listen a little later than they say
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return self.http.get("/healthz").is_success
+        return False
 
     def _address(self, seen: int) -> str | None:
         assert self._process is not None

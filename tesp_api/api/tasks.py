@@ -18,6 +18,7 @@ from starlette.responses import Response
 
 from tesp_api import lifecycle
 from tesp_api.api.problems import BodyTooLarge
+from tesp_api.api.repeats import Creates, body_digest, read_key
 from tesp_api.api.service_info import ServiceDescription
 from tesp_api.api.views import Document, Json, show
 from tesp_api.errors import Detail, InvalidRequest, StoreUnavailable, TaskNotFound
@@ -54,14 +55,17 @@ class Api:
     """What the API is made of.
 
     `access` looks at the credentials of a request; it raises what should be answered instead. `fold_canceling` shows
-    CANCELING as RUNNING. `max_body` is the limit for a request in bytes.
+    CANCELING as RUNNING, `fold_attempts` only the last attempt. `max_body` is the limit for a request in bytes.
+    `creates` belongs to the same store; who runs a service gives it, to run its `noting` as well.
     """
 
     store: TaskStore
     service: ServiceDescription
     access: Callable[[Request], Awaitable[Access]] = everyone
     fold_canceling: bool = False
+    fold_attempts: bool = False
     max_body: int = MAX_BODY
+    creates: Creates | None = None
     clock: Callable[[], float] = time.time
 
 
@@ -71,21 +75,30 @@ class Tasks:
     def __init__(self, api: Api) -> None:
         self._api = api
         self._store = api.store
+        self._creates = api.creates or Creates(api.store)
 
     async def create(self, request: Request) -> Response:
         """`POST /tasks`. Once this answers, the task is kept whatever happens."""
+        begun = time.monotonic()
         access = await self._api.access(request)
+        key = read_key(request)
+        upload = time.monotonic()
         body = await read_body(request, self._api.max_body)
+        arrived = begun + time.monotonic() - upload  # nobody waits for an answer while still sending
         if len(body) > LONG_BODY:
-            task = await asyncio.to_thread(self._accept, body, access.owner)
+            task, digest = await asyncio.to_thread(self._accept, body, access.owner)
         else:
-            task = self._accept(body, access.owner)
-        await self._store.add(task)
-        return Json({"id": task.id})
+            task, digest = self._accept(body, access.owner)
+        if key:
+            task_id = await self._creates.keep_keyed(task, digest, key)
+        else:
+            task_id = await self._creates.keep(task, digest, request, arrived)
+        return Json({"id": task_id})
 
-    def _accept(self, body: bytes, owner: str) -> Task:
+    def _accept(self, body: bytes, owner: str) -> tuple[Task, str]:
         spec, lines = drop_unsupported(read_task(body), self._api.service.backend_parameters)
-        return _with_lines(new_task(spec, owner=owner, now=self._api.clock()), lines)
+        task = _with_lines(new_task(spec, owner=owner, now=self._api.clock()), lines)
+        return task, body_digest(owner, body)
 
     async def list(self, request: Request) -> Response:
         """`GET /tasks`: newest first."""
@@ -128,7 +141,8 @@ class Tasks:
         return task
 
     def _show(self, task: Task, view: TesView) -> Document:
-        return show(task, view, fold_canceling=self._api.fold_canceling)
+        api = self._api
+        return show(task, view, fold_canceling=api.fold_canceling, fold_attempts=api.fold_attempts)
 
 
 def _with_lines(task: Task, lines: Sequence[str]) -> Task:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic_core import from_json
@@ -23,10 +24,11 @@ class Json(JSONResponse):
         return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
-def show(task: Task, view: TesView, *, fold_canceling: bool = False) -> Document:
+def show(task: Task, view: TesView, *, fold_canceling: bool = False, fold_attempts: bool = False) -> Document:
     """The task as a TES document; it must have been loaded in this view at least.
 
-    `fold_canceling` shows CANCELING as RUNNING, for clients that do not know that word.
+    `fold_canceling` shows CANCELING as RUNNING, for clients that do not know that word. `fold_attempts` shows only the
+    last attempt, for clients that take the first log for the only one.
     """
     state = TesState.RUNNING if fold_canceling and task.state is TesState.CANCELING else task.state
     document: Document = {"id": task.id, "state": state.value}
@@ -34,13 +36,14 @@ def show(task: Task, view: TesView, *, fold_canceling: bool = False) -> Document
         return document
     document.update(from_json(task.document))
     document["creation_time"] = rfc3339(task.created)
+    attempts = task.attempts[-1:] if fold_attempts else task.attempts
     if view is TesView.BASIC:
-        logs = [_basic_log(attempt) for attempt in task.attempts]
+        logs = [_basic_log(attempt) for attempt in attempts]
     else:
         bodies = task.bodies or _NOTHING
         for index, content in bodies.contents.items():
             document["inputs"][index]["content"] = content
-        logs = _full_logs(task, bodies)
+        logs = _full_logs(attempts, bodies)
     if logs:
         document["logs"] = logs
     return document
@@ -59,9 +62,9 @@ def _basic_log(attempt: Attempt) -> Document:
     return log
 
 
-def _full_logs(task: Task, bodies: Bodies) -> list[Document]:
+def _full_logs(attempts: Sequence[Attempt], bodies: Bodies) -> list[Document]:
     logs = []
-    for attempt in task.attempts:
+    for attempt in attempts:
         log = _log(attempt)
         for index, executor in enumerate(log["logs"]):
             for name in ("stdout", "stderr"):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from tesp_api.cli import client, serve
+from tesp_api.cli import client, migrate, serve
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="GA4GH Task Execution Service.")
 app.command("serve")(serve.serve)
+app.command("migrate")(migrate.migrate)
 for command in (client.run, client.get, client.list_tasks, client.wait, client.logs, client.cancel):
     app.command(command.__name__.removesuffix("_tasks"))(command)
 

@@ -5,6 +5,7 @@ Problem            the job cannot be carried out; `str()` is one clear sentence 
 ├── Missing        there is nothing at a path or URL
 │   └── Gone           not even the mount or file root that it would lie in
 └── EngineError    the container engine failed
+    ├── EngineLost     it does not answer, or went away; on a healthy node the same job may well succeed
     └── CommandError   the container could not be started because of the executor's own command
 Stopped            someone asked the job to stop; not a problem, and never logged as one
 """
@@ -28,6 +29,10 @@ class Gone(Missing):
 
 class EngineError(Problem):
     """The engine that runs the containers failed; the executor's program is not to blame."""
+
+
+class EngineLost(EngineError):
+    """The engine does not answer, or went away in the middle; the job is not to blame."""
 
 
 class CommandError(EngineError):

@@ -22,15 +22,15 @@ FILE = "FILE"
 DIRECTORY = "DIRECTORY"
 
 # Exit codes of the runner's process. 0: result.json is written (whatever it says). The others mean that no executor
-# was started, so that the service may try again under a new job id.
+# was started, so that the service may try again at once, under a new job id.
 EXIT_DONE = 0
 EXIT_UNREADABLE_RUNNER = 1  # python could not read the zipapp (cut off, damaged) or not begin: python's own code
 EXIT_NO_RUNNER = 2  # python could not open the zipapp at all: python's own code for that
-EXIT_NO_RESULT = 75  # the exception: executors may have run, but the result cannot be stored (yet); do not try again
+EXIT_NO_RESULT = 75  # the exception: executors may have run, but the result cannot be stored (yet)
 EXIT_DAMAGED_RUNNER = 76  # the zipapp's hash is not the expected one
 EXIT_OLD_PYTHON = 77  # this python cannot run the runner
 EXIT_BAD_PLAN = 78  # job.json is missing or unreadable
-EXIT_DUPLICATE = 79  # another runner has taken this job; that one writes the result
+EXIT_DUPLICATE = 79  # another runner has taken this job, now or long ago; that one writes the result, or has
 EXIT_NO_PYTHON = 127  # the shell found no python3
 
 
@@ -174,6 +174,7 @@ class Result(NamedTuple):
 
     `state`: COMPLETE | EXECUTOR_ERROR | SYSTEM_ERROR | CANCELED (words of TES). `executors` holds only those that
     ended, in order. `started` tells whether any executor was started, so that a retry may be known to be safe.
+    `infrastructure`: the node or its engine failed, not the task, so that another try may help.
     """
 
     job_id: str
@@ -185,7 +186,14 @@ class Result(NamedTuple):
     outputs: List[OutputFile] = []
     system_logs: List[str] = []
     metadata: Dict[str, str] = {}
+    infrastructure: bool = False
     version: int = VERSION
+
+
+def has_failed(plan: Plan, results: List[ExecutorResult]) -> bool:
+    """Whether an executor has failed by itself, which ends the task whatever happens after."""
+    pairs = zip(plan.executors, results)  # noqa: B905 - `strict` is too new
+    return any(result.exit_code != 0 and not executor.ignore_error for executor, result in pairs)
 
 
 def to_document(value: Any) -> Any:

@@ -2,11 +2,15 @@
 
 import json
 import os
+import time
 from typing import Any, Optional
 
 from . import job
 
 _RESERVE = 1024 * 1024  # several executors' logs at the usual `log_bytes`
+_HOME = "tes-runner-"  # how the directory of a delivered zipapp begins: bundle.pseudo_job (a test compares them)
+_SHARD = 5  # of a job id: its task's time of creation to nine hours, so that old marks can go by the directory
+_MARKED_FOR = 30 * 86400  # seconds
 
 
 class JobDirectory:
@@ -28,6 +32,30 @@ class JobDirectory:
             os.close(os.open(os.path.join(self.root, "tes-lock"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         except FileExistsError:
             return False
+        return True
+
+    def take_id(self, archive: str) -> bool:
+        """Whether this is the first job of this id that the zipapp `archive` runs; to be asked once, under the lock.
+
+        The lock goes with the job's directory. The mark `ran/<id>` beside the delivered zipapp stays, for a start that
+        comes late, when that directory was cleaned away. Where no mark can be made, the lock must do.
+        """
+        home = os.path.dirname(os.path.dirname(archive))
+        if not os.path.basename(home).startswith(_HOME) or os.path.basename(os.path.dirname(archive)) != "inputs":
+            return True
+        job_id = os.path.basename(self.root)
+        marks = os.path.join(home, "ran")
+        shard = os.path.join(marks, job_id[:_SHARD])
+        try:
+            is_new = _make_shard(shard)
+            try:
+                os.close(os.open(os.path.join(shard, job_id), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            except FileExistsError:
+                return False
+            if is_new:
+                _drop_old(marks)
+        except OSError:
+            pass  # read-only, or full
         return True
 
     def read_plan(self) -> job.Plan:
@@ -114,6 +142,30 @@ class JobDirectory:
         except OSError:
             os.unlink(temporary)  # half a document takes the room that a shorter one may need
             raise
+
+
+def _make_shard(path: str) -> bool:
+    """Make the directory unless it is there; whether it was made."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        os.makedirs(path, 0o700, exist_ok=True)
+    return True
+
+
+def _drop_old(marks: str) -> None:
+    """Remove the shards in which nothing was marked for a long time; what cannot be removed stays."""
+    for name in os.listdir(marks):
+        shard = os.path.join(marks, name)
+        try:
+            if time.time() - os.stat(shard).st_mtime > _MARKED_FOR:
+                for mark in os.listdir(shard):
+                    os.unlink(os.path.join(shard, mark))
+                os.rmdir(shard)
+        except OSError:
+            pass
 
 
 def _load(path: str) -> Any:

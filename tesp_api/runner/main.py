@@ -7,7 +7,7 @@ from typing import Callable, Dict, List, Optional, Tuple
 
 from . import job
 from .clock import now
-from .errors import CommandError, EngineError, Problem, Stopped
+from .errors import CommandError, EngineError, EngineLost, Problem, Stopped
 from .jobdir import JobDirectory
 from .reaper import Reaper
 from .watch import Watch, last_resort
@@ -17,7 +17,7 @@ def main() -> int:
     """Carry out the job whose directory JOB/working is the current one; the exit code (see job.py)."""
     try:
         directory = JobDirectory(os.path.dirname(os.getcwd()))
-        if not directory.take_lock():
+        if not directory.take_lock() or not directory.take_id(sys.path[0]):  # boot has put the zipapp there
             return _refuse(job.EXIT_DUPLICATE, "This job has been taken by another runner.")
     except OSError as error:
         return _refuse(job.EXIT_UNREADABLE_RUNNER, "The job's directory cannot be used: %s" % ascii(str(error)))
@@ -53,6 +53,7 @@ class Attempt:
         self._executors: List[job.ExecutorResult] = []
         self._outputs: List[job.OutputFile] = []
         self._metadata: Dict[str, str] = {}
+        self._infrastructure = False  # whether the node or its engine made us fail
         self._finishing = threading.Lock()
 
     def carry_out(self) -> None:
@@ -65,6 +66,7 @@ class Attempt:
             state = self._stopped_state()
         except Problem as problem:
             self.note(str(problem))
+            self._infrastructure = isinstance(problem, EngineLost)
             state = "SYSTEM_ERROR"
         except BaseException as error:  # a mistake in the runner must not cost the job its result
             self.note("The runner failed unexpectedly: %s" % _last_line(error))
@@ -112,9 +114,10 @@ class Attempt:
         for index, executor in enumerate(self._plan.executors):
             result = runs.one(index, executor)
             self._executors.append(result)
-            if index + 1 < len(self._plan.executors):
+            failed = job.has_failed(self._plan, self._executors)
+            if failed or index + 1 < len(self._plan.executors):
                 self._reaper.tell({"executor": job.to_document(result)})
-            if result.exit_code != 0 and not executor.ignore_error:
+            if failed:
                 return False
         return True
 
@@ -141,6 +144,7 @@ class Attempt:
     def _stopped_state(self) -> str:
         if self._watch.signal and not self._directory.cancel_asked():
             self.note("The node told the runner to stop (signal %d): a time limit, or a shutdown." % self._watch.signal)
+            self._infrastructure = True
             return "SYSTEM_ERROR"
         return "CANCELED"
 
@@ -155,6 +159,7 @@ class Attempt:
         with self._finishing:
             if self._directory.has_result():
                 return
+            wished = self._directory.cancel_asked()
             result = job.Result(
                 job_id=self._plan.job_id,
                 state=state,
@@ -165,6 +170,7 @@ class Attempt:
                 outputs=list(self._outputs),
                 system_logs=self._logs,
                 metadata=self._metadata,
+                infrastructure=self._infrastructure and not wished and not job.has_failed(self._plan, self._executors),
             )
             self._directory.release_reserve()
             try:

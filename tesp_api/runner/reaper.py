@@ -138,7 +138,8 @@ def _clean_up(
 def _write(
     directory: JobDirectory, plan: job.Plan, executors: List[job.ExecutorResult], lines: List[str], start_time: str
 ) -> None:
-    canceled = directory.cancel_asked() and not lines  # CANCELED promises that the containers are gone
+    wished = directory.cancel_asked()
+    canceled = wished and not lines  # CANCELED promises that the containers are gone
     if not canceled:
         lines.insert(0, _KILLED)
     progress = directory.read_progress() or job.Progress(plan.job_id)
@@ -151,6 +152,7 @@ def _write(
             started=progress.started is not None or bool(executors),
             executors=executors,
             system_logs=lines,
+            infrastructure=not wished and not job.has_failed(plan, executors),
         )
     )
     directory.write_progress(progress._replace(phase="done", beat=progress.beat + 1))

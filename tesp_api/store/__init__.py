@@ -214,10 +214,18 @@ class TaskStore(Protocol):
 
 
 FEW = 2000
-"""A name prefix with fewer matches than this is answered by sorting them, one with more in the order of ids."""
+"""Up to here the tasks are counted that fulfil one of several conditions; the rarest leads a query."""
 
 STALE = 3600.0
 """Seconds after which nobody repeats a create any more; its mark may go."""
+
+
+def few(limit: int, total: int) -> int:
+    """How many of `total` tasks may match a name prefix, so that all of them are looked at to find the `limit` newest.
+
+    To look at tasks in the order of ids instead takes, on average, limit * total / matches of them.
+    """
+    return max(FEW // 4, math.isqrt(limit * total))
 
 
 def beyond(prefix: str) -> str | None:

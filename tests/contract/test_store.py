@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -17,10 +18,10 @@ import pytest
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import AsyncMongoClient
 
-from tesp_api.errors import StoreUnavailable
+from tesp_api.errors import RightLost, StoreUnavailable
 from tesp_api.lifecycle import KEEP, Change, assign
 from tesp_api.lifecycle import Policy as Rules
-from tesp_api.store import FEW, Load, Query, Ring, TaskStore
+from tesp_api.store import FEW, Load, Once, Query, Repeat, Ring, TaskStore
 from tesp_api.store import sqlite as sqlite_store
 from tesp_api.store.mongo import MongoStore
 from tesp_api.store.sqlite import SqliteStore
@@ -648,6 +649,278 @@ async def test_a_caller_that_leaves_harms_nobody(store: TaskStore) -> None:
     async with asyncio.timeout(10):
         while set(await ids(store)) != {task.id for task in tasks}:  # what was begun is done, soon
             await asyncio.sleep(0.01)
+
+
+# A create happens once
+
+
+def once(body: str = "b", sender: str = "here", **fields: Any) -> Once:
+    return Once(body=body, sender=sender, **fields)
+
+
+@on
+async def test_a_key_keeps_one_task(store: TaskStore) -> None:
+    first, second, other = make_task(name="first"), make_task(name="second"), make_task(name="other")
+    assert await store.add(first, once("body 1", key="k")) is None
+    expected = Repeat(first.id, first.created, "body 1", by_key=True)
+    for body, sender in (("body 1", "here"), ("body 1", "there"), ("body 2", "here")):
+        assert await store.add(second, once(body, sender, key="k", since=NOW + 1e9)) == expected
+    assert await store.get(second.id) is None
+    assert await store.add(other, once("body 1", key="K")) is None
+    assert await store.get(first.id, TesView.FULL) == first
+    assert await ids(store) == sorted([first.id, other.id], reverse=True)
+
+
+@on
+async def test_a_key_leaves_no_mark(store: TaskStore) -> None:
+    assert await store.add(make_task(), once("b", "there", key="k")) is None
+    assert await store.add(make_task(), once("b")) is None
+    assert await store.add(make_task(), once("b", key="l")) is None
+    assert len(await ids(store)) == 3
+
+
+@on
+async def test_of_many_adds_with_one_key_one_is_kept(store: TaskStore) -> None:
+    tasks = [make_task(inputs=[{"path": "/a", "content": str(n)}]) for n in range(50)]
+    found = await asyncio.gather(*(store.add(task, once(key="k")) for task in tasks))
+    (kept,) = await ids(store)
+    assert [task.id for task, repeat in zip(tasks, found, strict=True) if repeat is None] == [kept]
+    assert {repeat.task_id for repeat in found if repeat is not None} == {kept}
+    assert await store.contents(kept) == {0: next(str(n) for n, task in enumerate(tasks) if task.id == kept)}
+
+
+@on
+async def test_a_key_goes_with_its_task(store: TaskStore) -> None:
+    first = make_task()
+    await store.add(first, once(key="k"))
+    await finish(store, first)
+    assert await store.add(make_task(), once(key="k")) is not None
+    assert await store.purge(store.clock() + 60, 10) == 1
+    second = make_task()
+    assert await store.add(second, once(key="k")) is None
+    assert await ids(store) == [second.id]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in STORES if kind != "sqlite-memory"])
+def test_keys_and_marks_outlive_their_process(kind: str, tmp_path: Path) -> None:
+    async def add(opened: Open, *creates: tuple[Task, Once]) -> list[Repeat | None]:
+        async with opened() as store:
+            return [await store.add(*create) for create in creates]
+
+    keyed, marked = make_task(), make_task()
+    with STORES[kind](tmp_path) as opened:
+        assert asyncio.run(add(opened, (keyed, once("b1", key="k")), (marked, once("b2")))) == [None, None]
+        found = asyncio.run(add(opened, (make_task(), once("b1", key="k")), (make_task(), once("b2", "there"))))
+        assert [repeat and repeat.task_id for repeat in found] == [keyed.id, marked.id]
+
+
+@on
+async def test_an_unanswered_create_of_another_sender_is_returned(store: TaskStore) -> None:
+    first, second = make_task(), make_task()
+    assert await store.add(first, once("b", "there")) is None
+    expected = Repeat(first.id, first.created, "b", by_key=False, sender="there")
+    assert await store.add(second, once("b", "here")) == expected
+    assert await store.get(second.id) is None
+    assert await store.add(make_task(), once("c", "here")) is None
+    assert await store.add(make_task(), once("b", "there")) is None
+    assert await store.add(second, once("b", "a third")) is not None
+    assert len(await ids(store)) == 3
+
+
+@on
+async def test_an_answered_create_is_not_repeated(store: TaskStore) -> None:
+    first, second, third = make_task(), make_task(), make_task()
+    for task in (first, second):
+        await store.add(task, once("b", "there"))
+    await store.answered("there", {first.id: "b"})
+    repeat = await store.add(third, once("b"))
+    assert repeat is not None
+    assert repeat.task_id == second.id
+    await store.answered("there", {first.id: "b", second.id: "b"})
+    assert await store.add(third, once("b")) is None
+    assert {task.id for task in (first, second, third)} == set(await ids(store))
+
+
+@on
+async def test_answered_names_what_it_likes(store: TaskStore) -> None:
+    task = make_task()
+    await store.add(task, once("b", "there"))
+    await store.answered("there", {})
+    await store.answered("there", {make_task().id: "b", "no id": "c", "": ""})
+    await store.answered("nobody", {"x" * 1000: "y" * 1000})
+    assert await store.add(make_task(), once("b")) is not None
+    await store.answered("there", {**{str(n): "b" for n in range(1000)}, task.id: "b"})
+    assert await store.add(make_task(), once("b")) is None
+    assert (await store.get(task.id)) == replace(task, document="", bodies=None)
+
+
+@on
+async def test_only_creates_of_a_while_are_repeated(store: TaskStore) -> None:
+    task = make_task()
+    await store.add(task, once("b", "there"))
+    for since, until, repeats in (
+        (NOW - 1, NOW + 1, True),
+        (NOW - 1, NOW, True),
+        (NOW, NOW + 1, False),
+        (NOW - 2, NOW - 1, False),
+    ):
+        found = await store.add(make_task(), once("b", since=since, until=until))
+        assert (found is not None) is repeats, (since, until)
+        if found is None:
+            (latest, *_) = await ids(store)
+            await store.answered("here", {latest: "b"})
+
+
+@on
+async def test_a_burst_of_equal_creates_is_kept(store: TaskStore) -> None:
+    tasks = [make_task() for _ in range(200)]
+    assert set(await asyncio.gather(*(store.add(task, once()) for task in tasks))) == {None}
+    assert len(await ids(store)) == 200
+    repeat = await store.add(make_task(), once("b", "there"))
+    assert repeat is not None
+    await store.answered("here", {task.id: "b" for task in tasks})
+    assert await store.add(make_task(), once("b", "there")) is None
+
+
+# Rights
+
+
+async def granted(store: TaskStore, right: str, holder: str, seconds: float = 60) -> float:
+    """Wait until the holder gets the right."""
+    async with asyncio.timeout(20):
+        while (until := await store.hold(right, holder, seconds)) is None:
+            await asyncio.sleep(0.01)
+    return until
+
+
+@on
+async def test_a_right_has_one_holder(store: TaskStore) -> None:
+    until = await store.hold("r", "a", 30)
+    assert until is not None
+    assert abs(until - store.clock() - 30) < 5
+    assert await store.hold("r", "b", 30) is None
+    assert await store.hold("another", "b", 30) is not None
+    later = await store.hold("r", "a", 60)
+    assert later is not None
+    assert later > until
+    assert await store.hold("r", "b", 0) is None
+    assert await store.hold("r", "b", 30) is None
+
+
+@on
+async def test_a_right_runs_out(store: TaskStore) -> None:
+    until = await store.hold("r", "a", 0.05)
+    assert until is not None
+    await granted(store, "r", "b")
+    assert store.clock() > until - 1
+    assert await store.hold("r", "a", 30) is None
+
+
+@on
+async def test_a_right_is_given_back(store: TaskStore) -> None:
+    await store.hold("r", "a", 3600)
+    await store.hold("r", "a", 0)
+    await granted(store, "r", "b")
+    assert await store.hold("r", "a", 0) is None
+    assert await store.hold("r", "a", 1) is None
+
+
+@on
+async def test_a_right_can_be_given_back_by_who_never_had_it(store: TaskStore) -> None:
+    await store.hold("r", "a", 0)
+    await granted(store, "r", "b")
+
+
+@on
+async def test_of_many_takers_one_gets_the_right(store: TaskStore) -> None:
+    for right in ("free", "given back"):
+        if right == "given back":
+            await store.hold(right, "before", 0)
+        holders = [f"{right} {n}" for n in range(20)]
+        found = await asyncio.gather(*(store.hold(right, holder, 60) for holder in holders))
+        (winner,) = (holder for holder, until in zip(holders, found, strict=True) if until is not None)
+        assert await store.hold(right, winner, 60) is not None
+
+
+@on
+async def test_a_change_is_written_while_the_right_lasts(store: TaskStore) -> None:
+    task = make_task()
+    await store.add(task)
+    until = await store.hold("r", "a", 3600)
+    assert until is not None
+    written = await store.apply(task.id, change(task, system=("in time",)), before=until)
+    assert written is not None
+    assert await store.apply(task.id, change(task, system=("raced",)), before=until) is None
+
+
+@on
+async def test_a_change_after_the_right_is_refused(store: TaskStore) -> None:
+    task = make_task()
+    await store.add(task)
+    until = await store.hold("r", "a", 0.05)
+    assert until is not None
+    await granted(store, "r", "b")
+    late = change(task, state=TesState.CANCELED, due_at=None, system=("late",), streams={(1, 0, "stdout"): "late"})
+    with pytest.raises(RightLost):
+        await store.apply(task.id, late, before=until)
+    assert await store.get(task.id, TesView.FULL) == task
+    behind = replace(late, version=7)
+    assert await store.apply(task.id, behind, before=until) is None  # a lost race, whatever the time
+    assert await store.apply("nothing", late, before=until) is None
+    assert await store.apply(task.id, late) is not None
+
+
+# The purge, and the clock
+
+
+async def finish(store: TaskStore, task: Task, due_at: float | None = None) -> None:
+    """End a task; cleaned up unless it is due once more."""
+    ended = change(task, state=TesState.COMPLETE, due_at=due_at, system=("over",), streams={(1, 0, "stdout"): "out"})
+    assert await store.apply(task.id, ended) is not None
+
+
+@on
+async def test_the_purge_takes_what_is_over(store: TaskStore) -> None:
+    tagged = {"tags": {"k": "v", "l": ""}, "inputs": [{"path": "/a", "content": "c"}], "owner": "o"}
+    active, unclean, over = (make_task(name=name, **tagged) for name in ("active", "unclean", "over"))
+    await added(store, active, unclean, over)
+    await finish(store, unclean, due_at=NOW)
+    await finish(store, over)
+    assert await store.purge(store.clock() - 60, 10) == 0
+    assert len(await ids(store)) == 3
+    assert await store.purge(store.clock() + 60, 10) == 1
+    assert await store.purge(store.clock() + 60, 10) == 0
+    for view in TesView:
+        assert await store.get(over.id, view) is None
+    assert await store.contents(over.id) == {}
+    left = sorted([active.id, unclean.id], reverse=True)
+    for query in ({}, {"owner": "o"}, {"tags": (("k", "v"),)}, {"tags": (("l", ""),)}, {"tags": (("k", ""),)}):
+        assert await ids(store, **query) == left
+    assert await ids(store, name_prefix="over") == []
+    assert await ids(store, state=TesState.COMPLETE) == [unclean.id]
+    assert await store.contents(active.id) == {0: "c"}
+    again = make_task(record={"id": over.id})  # and nothing of the old one shows through
+    await store.add(again)
+    assert await store.get(over.id, TesView.FULL) == again
+
+
+@on
+async def test_the_purge_takes_the_oldest_first_and_no_more_than_asked_for(store: TaskStore) -> None:
+    tasks = await added(store, *(make_task() for _ in range(5)))
+    order = [tasks[n] for n in (3, 0, 4, 1, 2)]
+    for task in order:
+        await finish(store, task)
+    assert await store.purge(store.clock() + 60, 0) == 0
+    assert await store.purge(store.clock() + 60, 2) == 2
+    assert set(await ids(store)) == {task.id for task in order[2:]}
+    assert await store.purge(store.clock() + 60, 2) == 2
+    assert await ids(store) == [order[4].id]
+    assert await store.purge(store.clock() + 60, 2) == 1
+
+
+@on
+async def test_the_clock_is_about_right(store: TaskStore) -> None:
+    assert abs(store.clock() - time.time()) < 5
 
 
 # Stores that outlive their process

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -135,6 +137,50 @@ def test_a_restart_in_the_middle(tmp_path: Path) -> None:
     assert (tmp_path / "ran").read_text() == "ran\n"
 
 
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_runner_that_is_killed_once(tmp_path: Path, fold: bool) -> None:
+    """The first attempt tells what became of it, the second one does the work."""
+
+    async def go() -> None:
+        chosen = settings(tmp_path, **{"retry.backoff": 0.1, "retry.fold": fold})
+        async with running(chosen) as client:
+            script = f"echo x >> {tmp_path}/ran; [ $(wc -l < {tmp_path}/ran) = 2 ] || sleep 600"
+            task_id = await create(client, executors=[sh("echo first"), sh(script), sh("echo third")])
+            async with asyncio.timeout(30):
+                while not (tmp_path / "ran").exists():
+                    await asyncio.sleep(0.01)
+            launched = chosen.server.data_dir / "sites" / "here" / f"{task_id}-1" / "launched"
+            os.kill(json.loads(launched.read_text())["pid"], signal.SIGKILL)
+            task = await until(client, task_id, FINAL.__contains__)
+            assert task["state"] == "COMPLETE", task
+            assert [each.get("stdout") for each in task["logs"][-1]["logs"]] == ["first\n", None, "third\n"]
+            if fold:
+                assert len(task["logs"]) == 1
+            else:
+                failed, _ = task["logs"]
+                assert [each["stdout"] for each in failed["logs"]] == ["first\n"]
+                assert "The runner was killed" in failed["system_logs"][0]
+                assert failed["end_time"] <= task["logs"][1]["start_time"]
+            jobs = chosen.server.data_dir / "sites" / "here"
+            async with asyncio.timeout(30):
+                while list(jobs.glob(f"{task_id}-*")):
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(go())
+    assert (tmp_path / "ran").read_text() == "x\nx\n"
+
+
+def test_an_executor_that_failed_is_not_run_again(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(settings(tmp_path, **{"retry.backoff": 0.1})) as client:
+            task_id = await create(client, executors=[sh(f"echo ran >> {tmp_path}/ran; exit 3")])
+            task = await until(client, task_id, FINAL.__contains__)
+            assert (task["state"], len(task["logs"])) == ("EXECUTOR_ERROR", 1)
+
+    asyncio.run(go())
+    assert (tmp_path / "ran").read_text() == "ran\n"
+
+
 def test_health_and_cors(tmp_path: Path) -> None:
     async def go() -> None:
         chosen = settings(tmp_path, **{"server.cors_origins": ["https://example.org"]})
@@ -189,11 +235,13 @@ def test_the_log_tells_of_ends_and_of_silent_sites(tmp_path: Path, caplog: pytes
         site = {"name": "away", "carrier": "rest", "url": "http://127.0.0.1:9", "status": {"max_polls": 1}}
         site["status"]["poll_interval"] = 0.3  # type: ignore[index]
         sites = Settings.model_validate({"sites": [site]}).sites
-        async with running(settings(tmp_path).model_copy(update={"sites": sites})) as client:
+        chosen = settings(tmp_path, **{"retry.max_attempts": 2, "retry.backoff": 0.1})
+        async with running(chosen.model_copy(update={"sites": sites})) as client:
             task_id = await create(client, executors=[sh("true")])
             await until(client, task_id, FINAL.__contains__)
-            ends = [each.message for each in caplog.records if each.message.startswith("Task ")]
-            assert ends == [next(line for line in ends if f"Task {task_id} is SYSTEM_ERROR (away): " in line)]
+            again, end = [each.message for each in caplog.records if each.message.startswith("Task ")]
+            assert f"Task {task_id} is tried again after attempt 1 (away): " in again
+            assert f"Task {task_id} is SYSTEM_ERROR (away): " in end
         silent = [each for each in caplog.records if "'away' does not answer" in each.message]
         assert [each.levelname for each in silent] == ["WARNING"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from tesp_api.tes import TesView
 from tests.builders import NOW, make_task
 from tests.doubles import SiteDouble, down
 
-POLICY = Policy(lease=30, patience=300, poll_interval=5, cancel_grace=10, max_attempts=3)
+POLICY = Policy(lease=30, patience=300, poll_interval=5, cancel_grace=10, max_attempts=3, backoff=5)
 
 
 class World:
@@ -36,9 +37,9 @@ class World:
         self.site = next(iter(self.sites.values()))
         self.restart()
 
-    def restart(self) -> None:
-        """A new pair takes over; what the old one had in memory is gone."""
-        policies = dict.fromkeys(self.sites, POLICY)
+    def restart(self, **policy: Any) -> None:
+        """A new pair takes over, with `policy` changed; what the old one had in memory is gone."""
+        policies = dict.fromkeys(self.sites, replace(POLICY, **policy))
         self.dispatcher = Dispatcher(self.store, self.sites, policies, self.clock)
         self.poller = Poller(self.store, self.sites, policies, self.dispatcher.submit, self.clock)
 
@@ -219,13 +220,15 @@ async def test_a_site_that_stays_down_exhausts_patience(world: World) -> None:
     (task,) = await world.add()
     await world.until_final(task)
     assert await world.state(task) is S.SYSTEM_ERROR
-    assert "silent for" in await world.lines(task)
-    assert 300 < world.now - NOW < 330
-    assert len((await world.get(task)).attempts) == 1
+    assert (await world.lines(task)).count("silent for") == 3
+    assert 915 < world.now - NOW < 960
+    assert [len(each.log.logs) for each in (await world.get(task)).attempts] == [0, 0, 0]
+    assert list(world.site.submits) == [f"{task.id}-1"], "no other job while nobody knows whether the first one runs"
 
 
 @on()
 async def test_a_job_given_up_while_the_site_was_down_is_killed_when_it_is_back(world: World) -> None:
+    world.restart(max_attempts=1)
     (task,) = await world.add()
     await world.step()
     world.site.job().run()
@@ -506,9 +509,9 @@ async def test_forget_is_repeated_until_it_works(world: World) -> None:
 
 @pytest.mark.parametrize(
     ("code", "started", "attempts"),
-    [(2, False, 2), (76, False, 2), (1, False, 2), (1, True, 1), (137, False, 1), (0, False, 1)],
+    [(2, False, 2), (76, False, 2), (1, False, 2), (1, True, 2), (137, False, 2), (0, False, 2), (127, False, 1)],
 )
-def test_only_what_never_started_is_tried_again(code: int, started: bool, attempts: int) -> None:
+def test_a_job_that_ends_without_a_result(code: int, started: bool, attempts: int) -> None:
     @on()
     async def main(world: World) -> None:
         (task,) = await world.add()
@@ -557,6 +560,7 @@ def test_a_bug_about_one_task_does_not_stop_the_others(call: str, caplog: pytest
         end = S.CANCELED if call == "cancel" else S.COMPLETE
         assert [state for task, state in zip(tasks, states, strict=True) if task is not tasks[2]] == [end] * 4
         if call in ("submit", "observe"):
+            world.restart(max_attempts=1)
             assert (await world.until_final(tasks[2])).state is S.SYSTEM_ERROR, "patience ends it"
             assert "KeyError" in await world.lines(tasks[2])
 
@@ -570,10 +574,14 @@ async def test_a_site_that_is_configured_no_more(world: World) -> None:
     await world.step()
     world.sites = {"b": SiteDouble(SiteFacts(name="b"))}
     world.restart()
-    await world.step(40)
-    await world.step(1)
-    assert await world.state(task) is S.SYSTEM_ERROR
+    await world.step(5.1)
+    assert await world.state(task) is S.QUEUED
     assert "not configured any more" in await world.lines(task)
+    await world.step(1)
+    world.sites["b"].jobs[f"{task.id}-2"].end()
+    assert (await world.until_final(task)).state is S.COMPLETE
+    await world.step()
+    assert (await world.get(task)).due_at is None
 
 
 @on()
@@ -598,6 +606,302 @@ def test_a_push_while_the_store_is_away_is_dropped() -> None:
         await world.poller.note(Observation(job_id="0" * 26 + "-1", phase=Phase.ENDED))
 
     asyncio.run(main())
+
+
+# Another attempt
+
+
+Trouble = Callable[[World, Task], Awaitable[None]]
+
+
+async def goes_silent(world: World, task: Task) -> None:
+    world.site.trouble = down
+    for _ in range(70):
+        await world.step(5)
+        if await world.state(task) is S.QUEUED:
+            break
+    world.site.trouble = lambda call, job_id: None
+
+
+async def shows_no_sign_of_life(world: World, task: Task) -> None:
+    for _ in range(70):
+        await world.step(5)
+        if await world.state(task) is S.QUEUED:
+            break
+
+
+async def ends_without_a_result(world: World, task: Task) -> None:
+    world.site.job().exit(137)
+    for _ in range(14):
+        await world.step(1)
+
+
+async def is_lost(world: World, task: Task) -> None:
+    world.site.lost.add(world.site.job().plan.job_id)
+    for _ in range(14):
+        await world.step(1)
+
+
+async def says_that_the_node_failed(world: World, task: Task) -> None:
+    world.site.job().end("SYSTEM_ERROR", infrastructure=True, system_logs=["The runner was killed."])
+    await world.step(1)
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [goes_silent, shows_no_sign_of_life, ends_without_a_result, is_lost, says_that_the_node_failed],
+)
+def test_the_second_attempt_succeeds(trouble: Trouble) -> None:
+    @on()
+    async def main(world: World) -> None:
+        (task,) = await world.add()
+        await world.step()
+        world.site.job().run()
+        await world.step()
+        assert await world.state(task) is S.RUNNING
+        await trouble(world, task)
+        for _ in range(3):
+            await world.step(5)
+        assert list(world.site.submits) == [f"{task.id}-1", f"{task.id}-2"]
+        kill, submit = ("kill", f"{task.id}-1"), ("submit", f"{task.id}-2")
+        assert world.site.calls.index(kill) < world.site.calls.index(submit)
+        assert world.site.forgotten == [f"{task.id}-1"], "while the second one is under way"
+        assert (await world.get(task)).attempts[0].forgotten
+        world.site.jobs[f"{task.id}-2"].end()
+        done = await world.until_final(task)
+        assert done.state is S.COMPLETE
+        assert [bool(each.log.end_time) for each in done.attempts] == [True, True]
+        assert done.bodies is not None
+        assert list(done.bodies.system) == [1], "the reason is the first attempt's"
+        await world.step(1)
+        assert sorted(world.site.forgotten) == [f"{task.id}-1", f"{task.id}-2"]
+        assert (await world.get(task)).due_at is None
+
+    main()
+
+
+@on()
+async def test_an_executor_that_failed_is_never_run_again(world: World) -> None:
+    for state in ("EXECUTOR_ERROR", "SYSTEM_ERROR"):
+        (task,) = await world.add()
+        await world.step()
+        world.site.jobs[f"{task.id}-1"].end(state)
+        await world.step(1)
+        await world.step(60)
+        assert await world.state(task) is S(state)
+        assert len((await world.get(task)).attempts) == 1
+
+
+@on()
+async def test_attempts_end_with_the_last_reason(world: World) -> None:
+    (task,) = await world.add()
+    at = []
+    for number in (1, 2, 3):
+        while len(world.site.submits) < number:
+            await world.step(0.5)
+        at.append(world.now)
+        world.site.jobs[f"{task.id}-{number}"].end("SYSTEM_ERROR", infrastructure=True, system_logs=[f"no {number}"])
+    assert 5 <= at[1] - at[0] < 7
+    assert 10 <= at[2] - at[1] < 12
+    done = await world.until_final(task)
+    assert done.state is S.SYSTEM_ERROR
+    assert done.bodies is not None
+    assert done.bodies.system == {1: ["no 1"], 2: ["no 2"], 3: ["no 3"]}
+    await world.step(100)
+    await world.step(100)
+    assert sorted(world.site.forgotten) == [f"{task.id}-{number}" for number in (1, 2, 3)]
+
+
+@on(SiteFacts(name="a"), SiteFacts(name="b"))
+async def test_cancel_during_the_backoff(world: World) -> None:
+    (task,) = await world.add()
+    await world.step()
+    job = world.site.job()
+    job.run()
+    await world.step()
+    world.site.lost.add(f"{task.id}-1")
+    for _ in range(11):
+        await world.step(1)
+    assert await world.state(task) is S.QUEUED
+    await world.cancel(task)
+    assert await world.state(task) is S.CANCELED
+    await world.step(1)
+    assert job.killed, "what was given up may still run"
+    assert world.site.forgotten == [f"{task.id}-1"]
+    await world.step(100)
+    await world.step(100)
+    assert sum(sum(site.submits.values()) for site in world.sites.values()) == 1
+    assert (await world.get(task)).due_at is None
+
+
+@on()
+async def test_no_second_job_before_the_first_is_killed(world: World) -> None:
+    """The kill must have reached the site; what its answer is does not matter for other sites."""
+    (task,) = await world.add()
+    await world.step()
+    first = world.site.job()
+    first.run()
+    await world.step()
+    world.site.trouble = lambda call, job_id: SiteUnavailable("no") if call in ("observe", "kill") else None
+    while await world.state(task) is not S.QUEUED:
+        await world.step(5)
+    for _ in range(10):
+        await world.step(5)
+    assert (await world.state(task), len((await world.get(task)).attempts)) == (S.INITIALIZING, 2)
+    assert list(world.site.submits) == [f"{task.id}-1"]
+    world.site.trouble = lambda call, job_id: None
+    await world.step(5)
+    assert first.killed
+    await world.step(5)
+    world.site.jobs[f"{task.id}-2"].end()
+    assert (await world.until_final(task)).state is S.COMPLETE
+
+
+@pytest.mark.parametrize("back", ["while it runs", "after the end"])
+def test_a_dead_site_does_not_hold_up_the_next_one(back: str) -> None:
+    on(SiteFacts(name="a"), SiteFacts(name="b"))(lambda world: _second_site(world, back))()
+
+
+async def _second_site(world: World, back: str) -> None:
+    a, b = world.sites.values()
+    (task,) = await world.add()
+    await world.step()
+    (job,) = [*a.jobs.values(), *b.jobs.values()]
+    there, other = (a, b) if a.jobs else (b, a)
+    job.run()
+    await world.step()
+    there.trouble = down
+    while not other.jobs:
+        await world.step(5)
+        if await world.state(task) is S.QUEUED:  # least loaded may be either
+            there.facts = replace(there.facts, max_jobs=0)
+            world.restart()
+    assert ("kill", f"{task.id}-1") in there.calls
+    if back == "while it runs":
+        there.trouble = lambda call, job_id: None
+        for _ in range(15):
+            await world.step(5)
+        assert job.killed, "two of a kind run no longer than necessary"
+        assert await world.state(task) is S.INITIALIZING
+    other.job().end()
+    assert (await world.until_final(task)).state is S.COMPLETE
+    there.trouble = lambda call, job_id: None
+    for _ in range(10):
+        await world.step(120)
+    assert (job.killed, there.forgotten, other.forgotten) == (True, [f"{task.id}-1"], [f"{task.id}-2"])
+    assert (await world.get(task)).due_at is None
+
+
+# A process that slept in the middle of a submit
+
+
+async def asleep_in_a_submit(world: World) -> tuple[Task, asyncio.Event, Dispatcher]:
+    """A task whose first submit is under way in a process that does not move; another pair has taken over."""
+    world.site.gate = asyncio.Event()
+    (task,) = await world.add()
+    await world.dispatcher.tick()
+    while not world.site.submits:
+        await asyncio.sleep(0)
+    sleeper, gate = world.dispatcher, world.site.gate
+    world.site.gate = None
+    world.now += 31
+    world.restart()
+    return task, gate, sleeper
+
+
+@on()
+async def test_a_job_that_arrives_after_its_tasks_end_is_removed(world: World) -> None:
+    task, gate, sleeper = await asleep_in_a_submit(world)
+    world.site.trouble = lambda call, job_id: SiteRefused("no") if call == "submit" else None
+    while not (await world.get(task)).final or (await world.get(task)).due_at is not None:
+        await world.step(1)
+    assert world.site.forgotten == [f"{task.id}-1"]
+    world.site.trouble = lambda call, job_id: None
+    gate.set()
+    await sleeper.drain()
+    assert world.site.jobs == {}
+    assert world.site.calls[-2:] == [("kill", f"{task.id}-1"), ("forget", f"{task.id}-1")]
+    assert await world.state(task) is S.SYSTEM_ERROR
+
+
+@on()
+async def test_a_job_that_arrives_during_a_later_attempt_is_removed(world: World) -> None:
+    task, gate, sleeper = await asleep_in_a_submit(world)
+    await world.step(1)
+    world.site.job().exit(2)
+    await world.step(1)
+    await world.step(1)
+    second = world.site.jobs[f"{task.id}-2"]
+    second.run()
+    assert list(world.site.jobs) == [f"{task.id}-2"], "what comes now comes anew"
+    gate.set()
+    await sleeper.drain()
+    assert list(world.site.jobs) == [f"{task.id}-2"]
+    assert world.site.calls[-2:] == [("kill", f"{task.id}-1"), ("forget", f"{task.id}-1")]
+    second.end()
+    assert (await world.until_final(task)).state is S.COMPLETE
+    assert not second.killed
+
+
+@on()
+async def test_the_same_job_submitted_by_another_process_is_left_alone(world: World) -> None:
+    task, gate, sleeper = await asleep_in_a_submit(world)
+    await world.step(1)
+    assert (await world.get(task)).attempts[0].submitted is not None
+    gate.set()
+    await sleeper.drain()
+    world.site.job().run()
+    world.site.job().end()
+    assert (await world.until_final(task)).state is S.COMPLETE
+    assert not any(call in ("cancel", "kill") for call, _ in world.site.calls)
+    assert world.site.submits == {f"{task.id}-1": 2}
+
+
+@on()
+async def test_the_same_job_that_is_over_already_is_left_to_the_clean_up(world: World) -> None:
+    task, gate, sleeper = await asleep_in_a_submit(world)
+    await world.step(1)
+    world.site.job().end()
+    await world.poller.note(world.site.job().seen())
+    assert await world.state(task) is S.COMPLETE
+    gate.set()
+    await sleeper.drain()
+    await world.step(1)
+    assert not any(call in ("cancel", "kill") for call, _ in world.site.calls)
+    assert world.site.forgotten == [f"{task.id}-1"]
+
+
+@on()
+async def test_a_late_job_whose_removal_fails_is_left_to_the_clean_up(world: World) -> None:
+    task, gate, sleeper = await asleep_in_a_submit(world)
+    await world.cancel(task)
+    while not (await world.get(task)).final or (await world.get(task)).due_at is not None:
+        await world.step(1)
+    assert await world.state(task) is S.CANCELED
+    world.site.trouble = lambda call, job_id: SiteUnavailable("no") if call in ("kill", "forget") else None
+    gate.set()
+    await sleeper.drain()
+    late = world.site.job()
+    assert not late.killed
+    world.site.trouble = lambda call, job_id: None
+    await world.step(1)
+    assert late.killed
+    assert world.site.jobs == {}
+    assert await world.state(task) is S.CANCELED
+
+
+@on()
+async def test_a_late_submit_whose_answer_is_lost(world: World) -> None:
+    """It sleeps in the middle of the call, so the call ends in an error, and the job is there all the same."""
+    task, gate, sleeper = await asleep_in_a_submit(world)
+    await world.cancel(task)
+    while not (await world.get(task)).final or (await world.get(task)).due_at is not None:
+        await world.step(1)
+    world.site.lose_answers = True
+    gate.set()
+    await sleeper.drain()
+    assert world.site.jobs == {}
+    assert world.site.forgotten[-1] == f"{task.id}-1"
 
 
 # The loop

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,9 @@ import pytest
 
 from tesp_api.runner import bundle, job
 from tesp_api.runner.engines import marked
+from tesp_api.sites import SiteFacts
+from tesp_api.sites.local import LocalSite
+from tesp_api.task import Phase
 from tests import pythons
 from tests.contract.test_transfer import Store
 from tests.runner_jobs import BUNDLE, Job, executor, mounts, sh, until
@@ -369,6 +376,7 @@ def test_the_nodes_own_wish_to_stop_is_no_cancel(make: Make) -> None:
     made.process.send_signal(signal.SIGTERM)
     assert made.wait() == 0
     assert (made.result().state, made.result().started) == ("SYSTEM_ERROR", True)
+    assert made.result().infrastructure
     assert "signal 15" in made.result().system_logs[-1]
 
 
@@ -386,6 +394,7 @@ def test_the_reaper_ends_what_a_killed_runner_left(make: Make, canceled: bool) -
     assert (result.state, result.started) == ("CANCELED" if canceled else "SYSTEM_ERROR", True)
     assert [one.stdout for one in result.executors] == ["first\n"]
     assert canceled or "killed" in result.system_logs[0]
+    assert result.infrastructure is not canceled, "another try may help"
     assert marked(made.id) == []
     assert until(lambda: made.progress()).phase == "done"
     until(lambda: not reapers(made))
@@ -400,7 +409,37 @@ def test_killed_before_anything_was_started(make: Make) -> None:
         silent.accept()[0].close()
         made.kill()
     until(made.has_result)
-    assert (made.result().state, made.result().started) == ("SYSTEM_ERROR", False)
+    assert (made.result().state, made.result().started, made.result().infrastructure) == ("SYSTEM_ERROR", False, True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_executor_that_failed_is_to_blame_whatever_comes_after(make: Make, number: signal.Signals) -> None:
+    """The runner ends during the upload; another try would repeat a failure."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
+        made = make(
+            sh("echo x > /w/x; exit 3"), outputs=[job.Output("/w/x", url)], mounts=mounts("/w"), runtime=HOST
+        ).start()
+        with silent.accept()[0]:
+            assert made.process is not None
+            made.process.send_signal(number)
+            made.wait()
+    until(made.has_result)
+    result = made.result()
+    assert (result.state, result.infrastructure) == ("SYSTEM_ERROR", False)
+    assert [one.exit_code for one in result.executors] == [3]
+
+
+def test_an_engine_that_does_not_answer(make: Make, tmp_path: Path) -> None:
+    away = job.Runtime("docker", docker_host=f"unix://{tmp_path}/none.sock")
+    result = make(sh("exit 0"), runtime=away).run()
+    assert (result.state, result.started, result.infrastructure) == ("SYSTEM_ERROR", False, True)
+    assert "No Docker engine answers" in result.system_logs[0]
+    wrong = job.Runtime("docker", docker_host="nowhere")
+    result = make(sh("exit 0"), runtime=wrong).run()
+    assert (result.state, result.infrastructure) == ("SYSTEM_ERROR", False), "no other try would change that"
 
 
 def test_a_job_whose_directory_is_gone_bothers_nobody(make: Make) -> None:
@@ -426,6 +465,69 @@ def test_a_second_runner_touches_nothing(make: Make) -> None:
     assert not made.has_result()
     made.cancel()
     assert made.wait() == 0
+
+
+def test_a_job_id_is_never_run_twice_even_without_its_directory(make: Make, tmp_path: Path) -> None:
+    """A process that was paused may submit a job late, when its directory was cleaned away long ago."""
+    script = f"echo ran >> {tmp_path}/data/ran"
+    made = make(sh(script))
+    assert made.run().state == "COMPLETE"
+    shutil.rmtree(made.root)
+    again = make(sh(script), job_id=made.id)
+    assert again.root == made.root
+    assert again.start().wait() == job.EXIT_DUPLICATE
+    assert again.said.isascii()
+    assert not again.has_result()
+    assert (tmp_path / "data" / "ran").read_text() == "ran\n"
+    assert make(sh("exit 0")).run().state == "COMPLETE", "another job"
+
+
+def test_the_mark_of_a_job_lies_beside_the_delivered_zipapp(make: Make, tmp_path: Path) -> None:
+    made = make(sh("exit 0"))
+    home = made.root.parent / bundle.pseudo_job(BUNDLE.sha256)
+    old, young = home / "ran" / "old00", home / "ran" / "young"
+    for shard in (old, young):
+        shard.mkdir(parents=True)
+        (shard / "x-1").touch()
+    os.utime(old, (time.time() - 31 * 86400,) * 2)
+    os.utime(young, (time.time() - 29 * 86400,) * 2)
+    assert made.run().state == "COMPLETE"
+    assert (home / "ran" / made.id[:5] / made.id).exists()
+    assert (old.exists(), (young / "x-1").exists()) == (False, True)
+
+
+def test_a_zipapp_of_the_jobs_own_makes_no_mark(make: Make) -> None:
+    made = make(sh("exit 0"))
+    (made.root / "inputs" / "runner.pyz").write_bytes(BUNDLE.data)
+    assert made.run(command=f"python3 -IS ../inputs/runner.pyz run {BUNDLE.sha256}").state == "COMPLETE"
+    assert not (made.root / "ran").exists()
+    assert not (made.root.parent / bundle.pseudo_job(BUNDLE.sha256) / "ran").exists()
+
+
+@pytest.mark.parametrize("at", ["ran", "ran/{shard}"])
+def test_where_no_mark_can_be_made_the_job_runs(make: Make, at: str) -> None:
+    made = make(sh("exit 0"))
+    place = made.root.parent / bundle.pseudo_job(BUNDLE.sha256) / at.format(shard=made.id[:5])
+    place.parent.mkdir(exist_ok=True)
+    place.touch()  # in the way
+    assert made.run().state == "COMPLETE"
+
+
+def test_the_local_site_never_runs_a_job_id_twice(tmp_path: Path) -> None:
+    async def go() -> None:
+        runtime = job.Runtime("host")
+        plan = job.Plan("t1-1", "t1", [sh(f"echo ran >> {tmp_path}/ran")], runtime=runtime)
+        async with LocalSite(SiteFacts(name="here", runtime=runtime), tmp_path / "jobs", BUNDLE) as site:
+            for code in (job.EXIT_DONE, job.EXIT_DUPLICATE):
+                await site.submit(plan)
+                async with asyncio.timeout(30):
+                    while (seen := (await site.observe([plan.job_id]))[0]).exit_code is None:
+                        await asyncio.sleep(0.02)
+                assert (seen.phase, seen.exit_code) == (Phase.ENDED, code)
+                assert await site.forget(plan.job_id, force=True)
+
+    asyncio.run(go())
+    assert (tmp_path / "ran").read_text() == "ran\n"
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,7 @@ def test_killed_outright(make: Make, canceled: bool) -> None:
     until(made.has_result)
     assert containers(made) == []
     assert (made.result().state, made.result().started) == ("CANCELED" if canceled else "SYSTEM_ERROR", True)
+    assert made.result().infrastructure is not canceled
 
 
 def test_killed_at_any_moment(make: Make) -> None:

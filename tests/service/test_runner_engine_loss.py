@@ -155,6 +155,7 @@ def test_killed_and_not_started_again(make: Make, daemon: Daemon, canceled: bool
     said = json.dumps(result.system_logs)
     assert "could not be removed yet" in said  # so CANCELED would not be true
     assert canceled or "executors[0]: Docker went away while it ran" in said
+    assert result.infrastructure is not canceled
     daemon.start()
     until(lambda: not daemon.containers())  # the reaper has waited for that
 
@@ -174,6 +175,7 @@ def test_killed_and_started_again(make: Make, daemon: Daemon, script: str) -> No
     result = wait(made)
     assert (result.state, result.started, result.executors) == ("SYSTEM_ERROR", True, [])
     assert "went away" in result.system_logs[0]
+    assert result.infrastructure, "another try may help"
     assert daemon.containers() == []
 
 

@@ -113,7 +113,7 @@ def test_the_seams_know_no_implementation() -> None:
     assert ours("tesp_api.sites") <= PROTOCOLS - {"tesp_api.store", "tesp_api.sites"}
 
 
-ROOTS = {"tesp_api.app", "tesp_api.tesp_api", "tesp_api.settings", "tesp_api.cli.serve"}
+ROOTS = {"tesp_api.app", "tesp_api.tesp_api", "tesp_api.settings", "tesp_api.cli.serve", "tesp_api.cli.migrate"}
 """What may know the settings; of these only app knows concrete classes."""
 
 

@@ -18,7 +18,8 @@ from tesp_api.tes import TesState
 from tests.builders import NOW, make_attempt, make_task
 
 S = TesState
-POLICY = Policy(lease=30, patience=300, poll_interval=5, cancel_grace=10, max_attempts=3)
+POLICY = Policy(lease=30, patience=300, poll_interval=5, cancel_grace=10, max_attempts=3, backoff=5)
+ONCE = replace(POLICY, max_attempts=1)
 
 
 def applied(task: Task, change: Change | None) -> Task:
@@ -267,7 +268,7 @@ def test_lost_then_running_then_a_result() -> None:
 def test_a_site_that_forgets() -> None:
     task = task_in(S.RUNNING, beat=5)
     task = applied(task, lifecycle.observed(task, seen(task, Phase.UNKNOWN), NOW + 1, POLICY))
-    change = lifecycle.observed(task, seen(task, Phase.UNKNOWN), NOW + 11.5, POLICY)
+    change = lifecycle.observed(task, seen(task, Phase.UNKNOWN), NOW + 11.5, ONCE)
     assert change is not None
     assert change.state is S.SYSTEM_ERROR
     assert "does not know the job" in change.system[0]
@@ -279,7 +280,7 @@ def test_a_job_that_ends_without_a_result_is_never_a_success() -> None:
     task = task_in(S.RUNNING, beat=5)
     for code in (0, None, 137, -9):
         first = applied(task, lifecycle.observed(task, seen(task, Phase.ENDED, exit_code=code), NOW + 1, POLICY))
-        change = lifecycle.observed(first, seen(first, Phase.ENDED, exit_code=code), NOW + 12, POLICY)
+        change = lifecycle.observed(first, seen(first, Phase.ENDED, exit_code=code), NOW + 12, ONCE)
         assert change is not None
         assert change.state is S.SYSTEM_ERROR
         assert "without a result" in change.system[0]
@@ -290,9 +291,8 @@ def test_a_duplicate_start_says_nothing_but_does_not_wait_for_ever() -> None:
     observation = seen(task, Phase.ENDED, exit_code=job.EXIT_DUPLICATE)
     task = applied(task, lifecycle.observed(task, observation, NOW + 1, POLICY))
     assert task.state is S.INITIALIZING
-    change = lifecycle.observed(task, observation, NOW + 302, POLICY)
-    assert change is not None
-    assert change.state is S.SYSTEM_ERROR
+    assert applied(task, lifecycle.observed(task, observation, NOW + 302, POLICY)).state is S.QUEUED
+    assert applied(task, lifecycle.observed(task, observation, NOW + 302, ONCE)).state is S.SYSTEM_ERROR
 
 
 @pytest.mark.parametrize("code", sorted(lifecycle.NEVER_STARTED))
@@ -359,9 +359,148 @@ def test_the_clock_goes_back() -> None:
     task = applied(task, lifecycle.observed(task, seen(task, Phase.ENDED), NOW, POLICY))
     assert task.due_at is not None
     assert NOW < task.due_at <= NOW + 1
-    task = applied(task, lifecycle.observed(task, seen(task, Phase.ENDED), NOW + 11, POLICY))
+    task = applied(task, lifecycle.observed(task, seen(task, Phase.ENDED), NOW + 11, ONCE))
     assert task.state is S.SYSTEM_ERROR
     assert lifecycle.next_look(make_attempt("t", submitted=NOW + 99), NOW, POLICY) > NOW
+
+
+# Another attempt
+
+
+def silence(task: Task, policy: Policy) -> Change | None:
+    return lifecycle.silent(task, NOW + 301, "connection refused", policy)
+
+
+def no_sign_of_life(task: Task, policy: Policy) -> Change | None:
+    return lifecycle.observed(task, seen(task), NOW + 301, policy)
+
+
+def no_result(task: Task, policy: Policy) -> Change | None:
+    task = replace(task, attempts=(*task.attempts[:-1], replace(last(task), ended=NOW)))
+    return lifecycle.observed(task, seen(task, Phase.ENDED, exit_code=137), NOW + 301, policy)
+
+
+def lost(task: Task, policy: Policy) -> Change | None:
+    task = replace(task, attempts=(*task.attempts[:-1], replace(last(task), ended=NOW)))
+    return lifecycle.observed(task, seen(task, Phase.UNKNOWN), NOW + 301, policy)
+
+
+def no_such_site(task: Task, policy: Policy) -> Change | None:
+    return lifecycle.unreachable(task, NOW + 301, "The site is not configured any more.", policy)
+
+
+def broken_node(task: Task, policy: Policy) -> Change | None:
+    seen = result(task, "SYSTEM_ERROR", infrastructure=True, system_logs=["The runner was killed."])
+    return lifecycle.observed(task, seen, NOW + 301, policy)
+
+
+FAILURES = [silence, no_sign_of_life, no_result, lost, no_such_site, broken_node]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("before", [S.INITIALIZING, S.RUNNING])
+def test_a_failure_of_the_infrastructure_is_followed_by_another_attempt(before: S, failure: Any) -> None:
+    task = task_in(before, looks=9)
+    change = failure(task, POLICY)
+    task = applied(task, change)
+    assert (task.state, task.due_at) == (S.QUEUED, NOW + 301 + 5)
+    assert (change.system_of, bool(change.system[0])) == (1, True)
+    first = last(task)
+    assert (first.ended, first.abandoned, first.looks, bool(first.log.end_time)) == (NOW + 301, True, 0, True)
+    assert lifecycle.observed(task, result(task), NOW + 302, POLICY) is None, "too late"
+    task = applied(task, lifecycle.assign(task, "y", NOW + 306, POLICY))
+    assert [(each.number, each.site) for each in task.attempts] == [(1, "local"), (2, "y")]
+    assert lifecycle.running_on(task) == (first,)
+    task = applied(task, lifecycle.observed(task, result(task), NOW + 310, POLICY))
+    assert task.state is S.COMPLETE
+    assert [each.number for each in lifecycle.unforgotten(task)] == [1, 2]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_attempts_are_used_up(failure: Any) -> None:
+    task = task_in(S.RUNNING)
+    pauses = []
+    for _ in range(2):
+        task = applied(task, failure(task, POLICY))
+        assert task.due_at is not None
+        pauses.append(task.due_at - NOW - 301)
+        task = applied(task, lifecycle.assign(task, "x", NOW, POLICY))
+    assert pauses == [5, 10]
+    change = failure(task, POLICY)
+    assert (change.state, change.due_at, change.system_of) == (S.SYSTEM_ERROR, NOW + 301, 3)
+    assert change.system, "the last reason"
+    assert [each.number for each in lifecycle.unforgotten(applied(task, change))] == [1, 2, 3]
+    assert failure(task_in(S.RUNNING), ONCE).state is S.SYSTEM_ERROR
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_task_that_is_cancelled_gets_no_other_attempt(failure: Any) -> None:
+    change = failure(task_in(S.CANCELING, cancel_sent=NOW), POLICY)
+    assert change.state is (S.CANCELED if failure in (no_result, lost, broken_node) else S.SYSTEM_ERROR)
+
+
+def test_the_backoff_doubles_up_to_its_limit() -> None:
+    policy = replace(POLICY, max_attempts=100)
+    task = task_in(S.RUNNING)
+    pauses = []
+    for _ in range(99):
+        task = applied(task, silence(task, policy))
+        assert task.due_at is not None
+        pauses.append(task.due_at - NOW - 301)
+        task = applied(task, lifecycle.assign(task, "x", NOW, policy))
+    assert pauses == [5, 10, 20, 40, 80, 160, *[lifecycle.LONGEST_BACKOFF] * 93]
+
+
+def test_what_an_attempt_has_left_stays_its_own() -> None:
+    """The log of a failed attempt: executors that ended, outputs, streams and words."""
+    task = task_in(S.RUNNING)
+    left = {
+        "executors": [job.ExecutorResult(0, "a", "b", "out", "err")],
+        "outputs": [job.OutputFile("u", "/p", 5)],
+        "metadata": {"runtime": "docker"},
+        "system_logs": ["one", "two"],
+    }
+    change = lifecycle.observed(task, result(task, "SYSTEM_ERROR", infrastructure=True, **left), NOW, POLICY)
+    assert change is not None
+    assert (change.state, change.system, change.system_of) == (S.QUEUED, ("one", "two"), 1)
+    assert change.streams == {(1, 0, "stdout"): "out", (1, 0, "stderr"): "err"}
+    log = last(applied(task, change)).log
+    assert ([each.exit_code for each in log.logs], [each.path for each in log.outputs]) == ([0], ["/p"])
+    assert (log.end_time, log.metadata) == ("2026-01-31T12:00:05.000000Z", {"runtime": "docker"})
+
+
+@pytest.mark.parametrize("state", ["COMPLETE", "EXECUTOR_ERROR", "SYSTEM_ERROR", "CANCELED"])
+def test_what_the_task_itself_brought_about_is_final(state: str) -> None:
+    """Whatever else a result claims, only a SYSTEM_ERROR can be the infrastructure's."""
+    blamed = state != "SYSTEM_ERROR"
+    task = task_in(S.RUNNING)
+    change = lifecycle.observed(task, result(task, state, infrastructure=blamed and state != "CANCELED"), NOW, POLICY)
+    assert change is not None
+    assert change.state is (S.SYSTEM_ERROR if state == "CANCELED" else S(state))
+
+
+def test_a_job_that_arrives_late() -> None:
+    """Whose care is it? The task's, as long as that attempt is under way or its result is to be cleaned up."""
+    task = task_in(S.RUNNING)
+    assert not lifecycle.is_over(task, 1)
+    assert lifecycle.left_behind(task, 1, NOW) is None
+    assert not lifecycle.is_over(applied(task, lifecycle.observed(task, result(task), NOW, POLICY)), 1)
+    again = applied(task, silence(task, POLICY))
+    assert lifecycle.is_over(again, 1)
+    second = applied(again, lifecycle.assign(again, "x", NOW, POLICY))
+    assert lifecycle.is_over(second, 1)
+    assert not lifecycle.is_over(second, 2)
+    assert lifecycle.is_over(None, 1)
+    done = task_in(S.COMPLETE, ended=NOW, forgotten=True)
+    assert lifecycle.is_over(done, 1)
+    noted = applied(done, lifecycle.left_behind(done, 1, NOW + 5))
+    assert (noted.state, noted.due_at, len(lifecycle.unforgotten(noted))) == (S.COMPLETE, NOW + 5, 1)
+    assert last(noted).abandoned
+
+
+def test_waiting_for_room_is_no_look_at_the_attempt_before() -> None:
+    task = task_in(S.QUEUED, ended=NOW, abandoned=True)
+    assert last(applied(task, lifecycle.wait(task, NOW, "", pause=1))).looks == 0
 
 
 # Silence
@@ -372,7 +511,7 @@ def test_silence_is_noted_once_and_ends_with_patience() -> None:
     lines = []
     now = NOW
     while task.state is S.RUNNING:
-        change = lifecycle.silent(task, now, "connection refused", POLICY)
+        change = lifecycle.silent(task, now, "connection refused", ONCE)
         lines += change.system
         task = applied(task, change)
         assert task.due_at is not None
@@ -390,7 +529,7 @@ def test_no_sign_of_life_ends_with_patience() -> None:
     assert last(alive).heard == NOW + 299
     still = applied(alive, lifecycle.observed(alive, seen(alive, beat=5), NOW + 598, POLICY))
     assert still.state is S.RUNNING
-    gone = applied(still, lifecycle.observed(still, seen(still, beat=5), NOW + 600, POLICY))
+    gone = applied(still, lifecycle.observed(still, seen(still, beat=5), NOW + 600, ONCE))
     assert gone.state is S.SYSTEM_ERROR
     waiting = task_in(S.INITIALIZING)
     assert applied(waiting, lifecycle.observed(waiting, seen(waiting, Phase.WAITING), NOW + 1e6, POLICY)).state is (
@@ -486,7 +625,16 @@ def test_clean_up_goes_on_until_all_is_forgotten() -> None:
     assert (lifecycle.unforgotten(both), both.due_at) == ((), None)
     late = applied(task, lifecycle.forgotten(task, frozenset(), NOW + lifecycle.CLEAN_UP_FOR + 1, POLICY))
     assert late.due_at is None
+    young = replace(task, attempts=(task.attempts[0], replace(task.attempts[1], ended=NOW + 100)))
+    change = lifecycle.forgotten(young, frozenset(), NOW + lifecycle.CLEAN_UP_FOR + 1, POLICY)
+    assert applied(young, change).due_at is not None, "the last attempt has its week too"
     assert lifecycle.forgotten(task_in(S.RUNNING), frozenset({1}), NOW, POLICY) is None
+    under_way = task_in(S.RUNNING, ended=NOW, abandoned=True)
+    under_way = replace(under_way, attempts=(*under_way.attempts, make_attempt(task.id, 2, ended=NOW)))
+    change = lifecycle.forgotten(under_way, frozenset({1, 2}), NOW, POLICY)
+    assert change is not None
+    assert (change.state, change.due_at) == (None, KEEP)
+    assert [each.forgotten for each in applied(under_way, change).attempts] == [True, False]
 
 
 # Any sequence
@@ -562,9 +710,17 @@ class AnyLife(RuleBasedStateMachine):
         started=st.sampled_from([None, "t"]),
         code=st.sampled_from([None, 0, 1, 2, 76, 77, 78, 79, 127, 137]),
         state=st.sampled_from([None, None, None, "COMPLETE", "EXECUTOR_ERROR", "SYSTEM_ERROR", "CANCELED", "?"]),
+        blamed=st.booleans(),
     )
     def observe(
-        self, number: int, phase: Phase, beat: int | None, started: str | None, code: int | None, state: str | None
+        self,
+        number: int,
+        phase: Phase,
+        beat: int | None,
+        started: str | None,
+        code: int | None,
+        state: str | None,
+        blamed: bool,
     ) -> None:
         its = job_id(self.task.id, number)
         before = self.task
@@ -572,7 +728,7 @@ class AnyLife(RuleBasedStateMachine):
             job_id=its,
             phase=phase,
             progress=None if beat is None else job.Progress(its, "running", beat=beat, started=started),
-            result=None if state is None else job.Result(its, state, "a", "b"),
+            result=None if state is None else job.Result(its, state, "a", "b", infrastructure=blamed),
             exit_code=code,
         )
         self.take(lifecycle.observed(self.task, observation, self.now, POLICY))
@@ -582,8 +738,9 @@ class AnyLife(RuleBasedStateMachine):
             assert state == "EXECUTOR_ERROR"
         if self.task.state is S.CANCELED and before.state is S.CANCELING:
             assert state or phase in (Phase.ENDED, Phase.UNKNOWN) or code not in (None, 0, 137)
-        if len(before.attempts) == number and before.state is S.RUNNING:
-            assert self.task.state is not S.QUEUED, "an executor has run"
+        if before.state is not S.QUEUED and self.task.state is S.QUEUED:
+            assert before.state is not S.CANCELING
+            assert state is None or (state == "SYSTEM_ERROR" and blamed), "what the task did itself is final"
 
     @invariant()
     def the_record_makes_sense(self) -> None:

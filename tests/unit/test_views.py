@@ -86,6 +86,18 @@ def test_full_before_any_attempt() -> None:
     assert "logs" not in show(task, TesView.BASIC)
 
 
+def test_only_the_last_attempt() -> None:
+    """For clients that read the first log; what was said before any attempt has no other place."""
+    whole = show(task := ended(), TesView.FULL)
+    folded = show(task, TesView.FULL, fold_attempts=True)
+    assert folded["logs"] == [{**whole["logs"][1], "system_logs": ["early", "one", "two"]}]
+    assert {**folded, "logs": None} == {**whole, "logs": None}
+    assert show(ended(), TesView.BASIC, fold_attempts=True)["logs"] == [SHOWN]
+    task = make_task(record={"bodies": make_bodies(system={0: ("early",)})})
+    assert show(task, TesView.FULL, fold_attempts=True) == show(task, TesView.FULL)
+    assert "logs" not in show(make_task(), TesView.BASIC, fold_attempts=True)
+
+
 def test_full_without_bodies() -> None:
     assert show(ended(bodies=None), TesView.FULL)["logs"][1] == SHOWN
 

@@ -6,7 +6,7 @@ import time
 from typing import Any, Dict, List, Optional, Tuple
 
 from .. import job
-from ..errors import CommandError, EngineError, Stopped
+from ..errors import CommandError, EngineError, EngineLost, Stopped
 from ..tree import reason
 from . import Engine, Run, Setting
 from .wire import Connection, call, words
@@ -67,7 +67,7 @@ class Docker(Engine):
             self._trouble = ""
             self.setting.tell({"sweep": True})
             if self.setting.watch.stopped.is_set():
-                raise EngineError(said)  # CANCELED would promise that it is gone
+                raise EngineLost(said)  # CANCELED would promise that it is gone
             self.setting.note(said)
 
     def adopt(self) -> None:
@@ -113,7 +113,7 @@ class Docker(Engine):
         try:
             return Connection(self._host)
         except OSError as error:
-            raise EngineError(_NO_IMAGE_ENGINE % (self._host, reason(error)))
+            raise EngineLost(_NO_IMAGE_ENGINE % (self._host, reason(error)))
 
     def call(self, method: str, path: str, body: Any = None) -> Tuple[int, Any]:
         """One request; EngineError when there is no answer."""
@@ -126,8 +126,8 @@ class Docker(Engine):
             return call(self._host, method, path, body, headers)
         except (OSError, ValueError) as error:
             if isinstance(error, ConnectionError) and not isinstance(error, ConnectionRefusedError):
-                raise EngineError("Docker at %s went away in the middle of a request: %s" % (self._host, reason(error)))
-            raise EngineError(_NO_IMAGE_ENGINE % (self._host, reason(error)))
+                raise EngineLost("Docker at %s went away in the middle of a request: %s" % (self._host, reason(error)))
+            raise EngineLost(_NO_IMAGE_ENGINE % (self._host, reason(error)))
 
     def _create(self, name: str, body: Dict[str, Any], run: Run) -> None:
         """Create the container; only the answer tells what has to be done first, so that usually nothing is."""
@@ -245,7 +245,7 @@ class _Execution:
                     lost = self._start()
                     code = self._recover(lost) if lost else self._follow(attached, waiting)
         except OSError as error:
-            raise EngineError("executors[%d]: the connection to Docker broke: %s" % (self._run.number, reason(error)))
+            raise EngineLost("executors[%d]: the connection to Docker broke: %s" % (self._run.number, reason(error)))
         finally:
             self._ended.set()
         self._watch.check()
@@ -306,7 +306,10 @@ class _Execution:
 
     def _explain(self) -> None:
         """Say so if the container came to its memory limit."""
-        status, answer = self._engine.call("GET", self._path + "/json")
+        try:
+            status, answer = self._engine.call("GET", self._path + "/json")
+        except EngineError:
+            return  # the exit code is known; an engine that goes away just now must not make it forgotten
         if status == 200 and answer.get("State", {}).get("OOMKilled"):
             limit = self._engine.setting.plan.ram_bytes
             asked = " of %g GB" % (limit / 1e9) if limit else ""
@@ -320,11 +323,11 @@ class _Execution:
         where = "executors[%d]: Docker went away while it ran (%s)" % (self._run.number, reason(error))
         state = self._state_after_loss(where)
         if state.get("Status") != "exited":
-            raise EngineError("%s; the container is %s since." % (where, state.get("Status")))
+            raise EngineLost("%s; the container is %s since." % (where, state.get("Status")))
         code = int(state.get("ExitCode", -1))
         files = self._run.stdout.fd is not None or self._run.stderr.fd is not None
         if code < 0 or code in _KILLED or (code == 0 and files) or not self._undisturbed():
-            raise EngineError("%s; it ended with code %d since, maybe not by itself or without output." % (where, code))
+            raise EngineLost("%s; it ended with code %d since, maybe not by itself or without output." % (where, code))
         self._engine.setting.note("%s; its later output is lost." % where)
         return code
 
@@ -365,9 +368,9 @@ class _Execution:
                 pass
             except Stopped:
                 self._watch.check()
-                raise EngineError("%s; the container is gone." % where)
+                raise EngineLost("%s; the container is gone." % where)
             if time.monotonic() > deadline:
-                raise EngineError("%s and did not come back." % where)
+                raise EngineLost("%s and did not come back." % where)
             self._ended.wait(0.5)
 
     def _stop(self) -> None:

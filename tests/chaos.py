@@ -1,0 +1,490 @@
+"""What the crash suite is made of: several services on one store and one Pulsar, and the faults that befall them.
+
+A fault is chosen by the seed: what happens, when (at how many ended tasks), to whom and for how long. Nothing but
+SIGKILL, SIGSTOP and cut connections is done, and only to processes that carry this cluster's mark.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import random
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from tests.mongod import Mongod, ReplicaSet
+from tests.running import Service, roots, until
+
+LEASE = 3.5
+"""Seconds; a service that is paused must sleep through it."""
+
+MAX_ATTEMPTS = 10
+
+SETTINGS = {
+    "TESP_DISPATCH__LEASE": str(LEASE),
+    "TESP_DISPATCH__TAKE_OVER": "2",
+    "TESP_RETRY__BACKOFF": "0.5",
+    "TESP_RETRY__MAX_ATTEMPTS": str(MAX_ATTEMPTS),
+    "TESP_EMBEDDED__STATUS__POLL_INTERVAL": "1",
+    "TESP_EMBEDDED__STATUS__MAX_POLLS": "25",
+    "TESP_EMBEDDED__CANCEL_GRACE": "4",
+    "CONTAINER_TYPE": "docker",
+}
+
+ON_REPLICAS = ("kill replica", "pause replica", "kill all replicas", "cut clients", "cut Pulsar")
+ON_JOBS = ("kill Pulsar", "kill Pulsar's worker", "kill runner", "kill job group", "cut Docker")
+ON_STORE = ("kill primary", "pause primary", "cut store")
+
+COSTS_AN_ATTEMPT = frozenset({"kill runner", "kill job group", "cut Docker"})
+"""Faults that hit one job: only its attempt may fail for them."""
+
+
+# Processes and their connections
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A process as /proc shows it."""
+
+    pid: int
+    cwd: str
+    command: str
+
+
+def marked(mark: str) -> Iterator[Seen]:
+    """The living processes whose environment holds `mark`, in order of their ids."""
+    for entry in sorted(Path("/proc").glob("[0-9]*"), key=lambda each: int(each.name)):
+        with suppress(OSError):  # gone meanwhile, or a zombie
+            if mark.encode() in (entry / "environ").read_bytes():
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if command:
+                    yield Seen(int(entry.name), str((entry / "cwd").readlink()), command)
+
+
+def cut(pid: int, chosen: Callable[[socket.socket], bool]) -> int:
+    """Shut down the connections of another process that `chosen` picks; how many. Both of their ends see it at once.
+
+    (A copy of the descriptor is taken by pidfd_getfd; what is done to it is done to the connection itself.)
+    """
+    count = 0
+    with suppress(OSError):
+        process = os.pidfd_open(pid)
+        try:
+            for entry in Path(f"/proc/{pid}/fd").iterdir():
+                count += _cut_one(process, entry, chosen)
+        finally:
+            os.close(process)
+    return count
+
+
+def _cut_one(process: int, entry: Path, chosen: Callable[[socket.socket], bool]) -> bool:
+    with suppress(OSError):
+        if str(entry.readlink()).startswith("socket:"):
+            with socket.socket(fileno=_copy(process, int(entry.name))) as connection:
+                if chosen(connection):
+                    connection.shutdown(socket.SHUT_RDWR)
+                    return True
+    return False
+
+
+def _copy(process: int, descriptor: int) -> int:
+    number = 438  # pidfd_getfd, the same on all machines
+    libc = ctypes.CDLL(None, use_errno=True)
+    copy: int = libc.syscall(number, process, descriptor, 0)
+    if copy < 0:
+        raise OSError(ctypes.get_errno(), "pidfd_getfd")
+    return copy
+
+
+def _peer(connection: socket.socket) -> Any:
+    """The other end: (address, port), a path, or None."""
+    try:
+        return connection.getpeername()
+    except OSError:
+        return None
+
+
+# The cluster
+
+
+class Replica(Service):
+    """One of several services on one data directory."""
+
+    def __init__(self, directory: Path, number: int, **variables: str) -> None:
+        super().__init__(directory, **variables)
+        self.log = directory / f"replica{number}.log"
+        self.number = number
+        self.url: str | None = None
+        self.paused = False
+
+    def start(self, *options: str) -> None:
+        super().start(*options)
+        self.url = str(self.http.base_url)
+
+    def kill(self) -> None:
+        self.url, self.paused = None, False  # its port may be another's soon
+        super().kill()
+
+    def pause(self) -> None:
+        """SIGSTOP."""
+        os.kill(self.pid, signal.SIGSTOP)
+        self.paused = True
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        os.kill(self.pid, signal.SIGCONT)
+        self.paused = False
+
+
+class Cluster:
+    """Replicas with one store and one embedded Pulsar, below `directory`. Leaving it ends all that it ever started."""
+
+    def __init__(self, directory: Path, store: str, replicas: int = 3, **variables: str) -> None:
+        self.directory = directory
+        self.shared = directory / "shared"
+        self.staging = directory / "data" / "pulsar" / "staging"
+        self.mark = f"TMPDIR={directory / 'tmp'}"
+        self.set = ReplicaSet(directory / "mongo", 3) if store == "mongo" else None
+        self._number, self._variables = replicas, variables
+        self.replicas: list[Replica] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        for path in (self.directory / "tmp", self.shared):
+            path.mkdir(parents=True)
+            path.chmod(0o777)
+        self._stack.callback(self._end_all)
+        variables = {**SETTINGS, "TMPDIR": str(self.directory / "tmp"), **self._variables}
+        variables["TESP_EMBEDDED__FILE_ROOTS"] = roots(self.shared, mount=True)
+        if self.set is not None:
+            self._stack.enter_context(self.set)
+            variables["TESP_DB__MONGODB_URI"] = self.set.uri_of("tesp")
+        self.replicas = [Replica(self.directory, number, **variables) for number in range(self._number)]
+        for replica in self.replicas:
+            replica.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _end_all(self) -> None:
+        for replica in self.replicas:
+            replica.kill()
+        for seen in marked(self.mark):
+            with suppress(ProcessLookupError):
+                os.kill(seen.pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End the replicas politely."""
+        for replica in self.replicas:
+            replica.stop()
+
+    # Asking
+
+    def ask(self, method: str, path: str, *, timeout: float = 4.0, seconds: float = 120.0, **options: Any) -> Any:
+        """The document that the first replica gives which answers; others are tried as long as there is none."""
+        deadline, turn = time.monotonic() + seconds, random.randrange(len(self.replicas))
+        while time.monotonic() < deadline:
+            turn += 1
+            url = self.replicas[turn % len(self.replicas)].url
+            if url is not None:
+                with suppress(httpx.TransportError):
+                    answer = httpx.request(method, f"{url}/ga4gh/tes/v1{path}", timeout=timeout, **options)
+                    assert answer.status_code == 200 or answer.status_code >= 500, f"{path}: {answer.text}"
+                    if answer.status_code == 200:
+                        return answer.json()
+            time.sleep(0.05)
+        raise AssertionError(f"no replica answered {method} {path} within {seconds} s")
+
+    def task(self, task_id: str, view: str = "FULL") -> dict[str, Any]:
+        """A task as its document."""
+        document: dict[str, Any] = self.ask("GET", f"/tasks/{task_id}", params={"view": view})
+        return document
+
+    def states(self) -> dict[str, str]:
+        """The state of every stored task."""
+        page = self.ask("GET", "/tasks", params={"page_size": "2000"}, timeout=8.0)
+        assert "next_page_token" not in page
+        return {task["id"]: task["state"] for task in page["tasks"]}
+
+    # Looking at the node
+
+    def runners(self) -> list[Seen]:
+        """The living runners, one for each job."""
+        return [
+            seen
+            for seen in marked(self.mark)
+            if "runner.pyz" in seen.command
+            and "python" in seen.command.split()[0]
+            and seen.cwd.startswith(str(self.staging))
+        ]
+
+    def job_of(self, runner: Seen) -> str:
+        """The id of the job that a runner carries out."""
+        return Path(runner.cwd).parent.name
+
+    def pulsar(self) -> int | None:
+        """The process id of the embedded Pulsar, which is its process group as well."""
+        try:
+            pid: int = json.loads((self.directory / "data/pulsar/pulsar.pid").read_text())["pid"]
+            return pid if os.getpgid(pid) == pid else None
+        except (OSError, ValueError):
+            return None
+
+
+# Faults
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """What happens after `at` tasks have ended and `delay` more seconds. `who` (0 to 1) picks among those who can be
+    hit, and what was hit is whole again `pause` seconds later."""
+
+    kind: str
+    at: int
+    delay: float
+    who: float
+    pause: float
+
+
+def draw(seed: int, count: int, tasks: int, kinds: tuple[str, ...]) -> list[Fault]:
+    """`count` faults, each kind as often as any other or once more, spread over nine tenths of the run."""
+    chance = random.Random(seed)
+    drawn = [kind for _ in range(count // len(kinds)) for kind in kinds]
+    drawn += chance.sample(kinds, count - len(drawn))
+    chance.shuffle(drawn)
+    places = sorted(chance.randrange(1, max(2, tasks * 9 // 10)) for _ in drawn)
+    return [
+        Fault(kind=kind, at=at, delay=chance.uniform(0, 0.6), who=chance.random(), pause=_pause(kind, chance))
+        for kind, at in zip(drawn, places, strict=True)
+    ]
+
+
+def _pause(kind: str, chance: random.Random) -> float:
+    if kind == "pause replica":
+        return LEASE + chance.uniform(0.5, 3)
+    if kind == "pause primary":
+        return chance.uniform(2, 6)
+    return chance.choice([0.0, chance.uniform(0.5, 5)])
+
+
+class Storm:
+    """Carries out faults on a cluster, and the repairs that follow them."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._repairs: list[tuple[float, str, Callable[[], None]]] = []
+        self.done: Counter[str] = Counter()
+        self.missed: Counter[str] = Counter()
+        self.victims: dict[str, str] = {}
+        """Job ids that were hit on the node -> by what."""
+        self.story: list[str] = []
+        self._began = time.monotonic()
+
+    def befall(self, fault: Fault) -> None:
+        """Carry out the fault. It waits for a repair that must come first."""
+        happened = self._actions()[fault.kind](fault)
+        (self.done if happened else self.missed)[fault.kind] += 1
+        self._tell(f"{fault.kind}: {happened or 'nobody there'}, for {fault.pause:.1f} s, after {fault.at} tasks")
+
+    def _actions(self) -> dict[str, Callable[[Fault], str]]:
+        return {
+            "kill replica": self._kill_replica,
+            "pause replica": self._pause_replica,
+            "kill all replicas": self._kill_all,
+            "cut clients": self._cut_clients,
+            "cut Pulsar": self._cut_pulsar,
+            "kill Pulsar": self._kill_pulsar,
+            "kill Pulsar's worker": self._kill_worker,
+            "kill runner": self._kill_runner,
+            "kill job group": self._kill_group,
+            "cut Docker": self._cut_docker,
+            "kill primary": self._kill_primary,
+            "pause primary": self._pause_primary,
+            "cut store": self._cut_store,
+        }
+
+    def _tell(self, line: str) -> None:
+        self.story.append(f"{time.monotonic() - self._began:6.1f} s  {line}")
+
+    # Repairs
+
+    def repair(self, what: str = "", *, now: bool = False) -> None:
+        """Do the repairs of `what` (of all that begin so) that are due, or all of them `now`."""
+        for repair in list(self._repairs):
+            due, name, action = repair
+            if name.startswith(what) and (now or time.monotonic() >= due):
+                self._repairs.remove(repair)
+                action()
+                self._tell(f"{name} is whole again")
+
+    def _later(self, pause: float, name: str, action: Callable[[], None]) -> None:
+        self._repairs.append((time.monotonic() + pause, name, action))
+        if not pause:
+            self.repair(name)
+
+    def _wait_for(self, what: str) -> None:
+        """Until nothing of this is broken any more."""
+        while any(name.startswith(what) for _, name, _ in self._repairs):
+            self.repair()
+            time.sleep(0.05)
+
+    # Services
+
+    def _replica(self, fault: Fault) -> Replica:
+        replica = self._cluster.replicas[int(fault.who * len(self._cluster.replicas))]
+        self._wait_for(f"replica {replica.number}")
+        return replica
+
+    def _kill_replica(self, fault: Fault) -> str:
+        replica = self._replica(fault)
+        replica.kill()
+        self._later(fault.pause, f"replica {replica.number}", replica.start)
+        return f"replica {replica.number}"
+
+    def _pause_replica(self, fault: Fault) -> str:
+        replica = self._replica(fault)
+        replica.pause()
+        self._later(fault.pause, f"replica {replica.number}", replica.resume)
+        return f"replica {replica.number}"
+
+    def _kill_all(self, fault: Fault) -> str:
+        self._wait_for("replica")
+        for replica in self._cluster.replicas:
+            replica.kill()
+        for replica in self._cluster.replicas:
+            self._later(fault.pause, f"replica {replica.number}", replica.start)
+        return "all"
+
+    def _cut_clients(self, fault: Fault) -> str:
+        replica = self._replica(fault)
+        port = replica.http.base_url.port
+        return self._cut_when_there(
+            replica,
+            lambda link: link.family == socket.AF_INET and link.getsockname()[1] == port and _peer(link) is not None,
+        )
+
+    def _cut_pulsar(self, fault: Fault) -> str:
+        return self._cut_when_there(self._replica(fault), lambda link: str(_peer(link)).endswith("p.sock"))
+
+    def _cut_store(self, fault: Fault) -> str:
+        assert self._cluster.set is not None
+        ports = {node.port for node in self._cluster.set.nodes}
+        return self._cut_when_there(
+            self._replica(fault), lambda link: link.family == socket.AF_INET and (_peer(link) or (0, 0))[1] in ports
+        )
+
+    def _cut_when_there(self, replica: Replica, chosen: Callable[[socket.socket], bool]) -> str:
+        """Cut them; where there are none now (they are short), a few seconds are given."""
+        deadline = time.monotonic() + 5
+        while not (count := cut(replica.pid, chosen)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return f"{count} of replica {replica.number}" if count else ""
+
+    # The node
+
+    def _kill_pulsar(self, fault: Fault) -> str:
+        pid = self._pulsar()
+        if pid is None:
+            return ""
+        os.killpg(pid, signal.SIGKILL)
+        return f"process group {pid}"
+
+    def _kill_worker(self, fault: Fault) -> str:
+        """One process of Pulsar's, be it gunicorn's master or its worker."""
+        group = self._pulsar()
+        members = [seen.pid for seen in marked(self._cluster.mark) if group and _group_of(seen.pid) == group]
+        if not members:
+            return ""
+        victim = members[int(fault.who * len(members))]
+        os.kill(victim, signal.SIGKILL)
+        return "master" if victim == group else "worker"
+
+    def _pulsar(self) -> int | None:
+        deadline = time.monotonic() + 5
+        while (pid := self._cluster.pulsar()) is None and time.monotonic() < deadline:
+            self.repair()  # its service may be the one that is down
+            time.sleep(0.02)
+        return pid
+
+    def _runner(self, fault: Fault) -> Seen | None:
+        deadline = time.monotonic() + 8
+        while not (found := self._cluster.runners()) and time.monotonic() < deadline:
+            self.repair()
+            time.sleep(0.02)
+        return found[int(fault.who * len(found))] if found else None
+
+    def _hit(self, fault: Fault, action: Callable[[Seen], object]) -> str:
+        runner = self._runner(fault)
+        if runner is None:
+            return ""
+        job_id = self._cluster.job_of(runner)
+        with suppress(ProcessLookupError):
+            if action(runner) != 0:
+                self.victims[job_id] = fault.kind
+                return job_id
+        return ""
+
+    def _kill_runner(self, fault: Fault) -> str:
+        return self._hit(fault, lambda runner: os.kill(runner.pid, signal.SIGKILL))
+
+    def _kill_group(self, fault: Fault) -> str:
+        return self._hit(fault, lambda runner: os.killpg(os.getpgid(runner.pid), signal.SIGKILL))
+
+    def _cut_docker(self, fault: Fault) -> str:
+        return self._hit(fault, lambda runner: cut(runner.pid, lambda link: str(_peer(link)).endswith("docker.sock")))
+
+    # The store
+
+    def _primary(self) -> Mongod:
+        """The primary of a whole set: never is more than one node out."""
+        assert self._cluster.set is not None
+        self._wait_for("mongod")
+        self._cluster.set.settle(60)
+        return self._cluster.set.primary()
+
+    def _kill_primary(self, fault: Fault) -> str:
+        node = self._primary()
+        node.kill()
+        self._later(fault.pause, f"mongod {node.port}", node.start)
+        return f"mongod {node.port}"
+
+    def _pause_primary(self, fault: Fault) -> str:
+        node = self._primary()
+        node.pause()
+        self._later(fault.pause, f"mongod {node.port}", node.resume)
+        return f"mongod {node.port}"
+
+
+def _group_of(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return 0
+
+
+def settle(cluster: Cluster, storm: Storm) -> None:
+    """All is whole again."""
+    storm.repair(now=True)
+    if cluster.set is not None:
+        cluster.set.settle(60)
+    for replica in cluster.replicas:
+        until(partial(_is_ready, replica), 60, f"replica {replica.number}")
+
+
+def _is_ready(replica: Replica) -> bool:
+    return replica.http.get("/readyz").status_code == 200
