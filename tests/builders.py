@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -62,7 +62,7 @@ def make_attempt(task_id: str, number: int = 1, log: Mapping[str, Any] | None = 
 def make_bodies(
     contents: Mapping[int, str] | None = None,
     streams: Mapping[tuple[int, int, str], str] | None = None,
-    system: Mapping[int, tuple[str, ...]] | None = None,
+    system: Mapping[int, Sequence[str]] | None = None,
 ) -> Bodies:
     """The long texts of a task."""
     return Bodies(contents=contents or {}, streams=streams or {}, system=system or {})

@@ -201,7 +201,7 @@ class Dispatcher:
                 await site.cancel(attempt.job_id, force=True)
                 await site.forget(attempt.job_id, force=True)
         except Exception as error:
-            log.warning("Job %s could not be removed yet: %s", attempt.job_id, error or "no answer in time")
+            log.warning("Job %s could not be removed yet: %s", attempt.job_id, str(error) or "no answer in time")
             if task is not None:
                 await record(self._store, task, lambda task: lifecycle.left_behind(task, attempt.number, self._clock()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -123,6 +124,8 @@ class Poller:
                 await record(self._store, task, lambda task: lifecycle.unreachable(task, self._clock(), reason, policy))
             return
         policy = self._calm[name]
+        if policy.poll_interval > self._policies[name].poll_interval:  # what came in one wave must not stay one
+            policy = replace(policy, poll_interval=policy.poll_interval * random.uniform(0.75, 1.0))  # noqa: S311
         for task in tasks:
             self._clean_up_earlier(task)
         tasks = [await self._fulfil_cancel(site, task, policy) for task in tasks]
@@ -165,7 +168,7 @@ class Poller:
             async with asyncio.timeout(0.2 * policy.lease):
                 await site.cancel(task.attempt.job_id, force=force)
         except (SiteError, TimeoutError) as error:
-            log.info("cancel of %s: %s", task.attempt.job_id, error or "no answer in time")
+            log.info("cancel of %s: %s", task.attempt.job_id, str(error) or "no answer in time")
             return task
         except Exception:
             log.exception("cancel of %s failed", task.attempt.job_id)
