@@ -27,7 +27,7 @@ BATCH = 128
 EARLIER_EVERY = 12
 """Looks at a job from one try to end the task's earlier jobs to the next."""
 
-MOST_LOOKS = 100.0
+MOST_LOOKS = 200.0
 """Looks per second at one site, above which each job is looked at less often: a look costs us and the site time."""
 
 COUNT_EVERY = 5.0

@@ -147,6 +147,7 @@ def test_user_password_and_tls(tmp_path: Path, make: Make) -> None:
         assert "tls" in server.uri
         service = make(server.uri)
         assert service.end(service.post(task("true")))["state"] == "COMPLETE"
+        service.stop()
 
 
 def test_two_machines_do_not_share_an_embedded_pulsar(tmp_path: Path, database: Mongod, make: Make) -> None:
@@ -248,3 +249,4 @@ def test_a_primary_that_dies_while_tasks_come(tmp_path: Path, make: Make) -> Non
             for each in writers:
                 each.join()
         assert set(acknowledged) <= set(service.states())
+        service.stop()
