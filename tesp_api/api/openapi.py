@@ -130,7 +130,9 @@ def _paths() -> Document:
             "post": {
                 **_operation(
                     "CreateTask",
-                    "Hand in a task. The answer means that it is stored and will be carried out.",
+                    "Hand in a task. The answer means that it is stored and will be carried out. With the header "
+                    "`Idempotency-Key` (1 to 255 printable ASCII characters, new for each task) this can be repeated: "
+                    "the same key with the same body is answered with the same id.",
                     "tesCreateTaskResponse",
                     errors=(400, 413),
                 ),

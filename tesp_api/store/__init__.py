@@ -213,19 +213,17 @@ class TaskStore(Protocol):
     ) -> None: ...
 
 
-FEW = 2000
+FEW = 1000
 """Up to here the tasks are counted that fulfil one of several conditions; the rarest leads a query."""
+
+HEADS = (1, 6, 12, 24)
+"""Tasks whose names have a head in common, so many characters, are also listed in the order of their ids.
+
+Of a name prefix with many matches the newest are found there: the head that is nearest to it has few others.
+"""
 
 STALE = 3600.0
 """Seconds after which nobody repeats a create any more; its mark may go."""
-
-
-def few(limit: int, total: int) -> int:
-    """How many of `total` tasks may match a name prefix, so that all of them are looked at to find the `limit` newest.
-
-    To look at tasks in the order of ids instead takes, on average, limit * total / matches of them.
-    """
-    return max(FEW // 4, math.isqrt(limit * total))
 
 
 def beyond(prefix: str) -> str | None:

@@ -43,7 +43,7 @@ from pymongo.uri_parser import parse_uri
 
 from tesp_api.errors import RightLost, SettingsError, StoreUnavailable, StoreUnusable
 from tesp_api.lifecycle import KEEP, Change
-from tesp_api.store import FEW, STALE, Bell, Load, Once, Page, Query, Repeat, Ring, beyond, ring_for
+from tesp_api.store import FEW, HEADS, STALE, Bell, Load, Once, Page, Query, Repeat, Ring, beyond, ring_for
 from tesp_api.store.codec import (
     SYSTEM,
     asked,
@@ -83,8 +83,11 @@ DEFAULTS: Final[Mapping[str, Any]] = {
 }
 """Options that hold unless the URI says otherwise."""
 
-SPREAD: Final = 8
-"""How many times as many due tasks as it wants a taker looks at once it has met another."""
+SPREAD: Final = 16
+"""A taker that has met another takes at random the first, second, ... or sixteenth of as many due tasks as it wants."""
+
+CROWD: Final = 64
+"""How often it does so before it begins at the front again."""
 
 SCHEMA: Final = 1
 """Version of the records, kept in `right`; a store of a newer release is refused."""
@@ -94,7 +97,7 @@ DOCUMENT, ATTEMPT = "document", "attempt"
 
 INDEXES: Final = (
     IndexModel(
-        [("queued", ASCENDING), ("due_at", ASCENDING)],
+        [("queued", ASCENDING), ("due_at", ASCENDING), ("_id", ASCENDING)],
         name="due",
         partialFilterExpression={"due_at": {"$exists": True}},
     ),
@@ -106,7 +109,8 @@ INDEXES: Final = (
     IndexModel([("state", ASCENDING), ("_id", DESCENDING)], name="state"),
     IndexModel([("name", ASCENDING), ("_id", DESCENDING)], name="name"),
     IndexModel([("owner", ASCENDING), ("_id", DESCENDING)], name="owner"),
-    IndexModel([("tags.k", ASCENDING), ("tags.v", ASCENDING), ("_id", DESCENDING)], name="tag"),
+    IndexModel([("heads", ASCENDING), ("_id", DESCENDING), ("name", ASCENDING)], name="head"),
+    IndexModel([("tags", ASCENDING), ("_id", DESCENDING)], name="tag"),
     IndexModel([("tags.k", ASCENDING), ("_id", DESCENDING)], name="tag_key"),
     IndexModel([("key", ASCENDING)], name="key", unique=True, partialFilterExpression={"key": {"$exists": True}}),
     IndexModel(
@@ -147,8 +151,9 @@ class MongoStore:
         self._make_client = client
         self._client: Any = None
         self._ahead = 0.0
+        self._crowd = 0
         self._prepared = False
-        self._preparing = asyncio.Lock()
+        self._preparing: asyncio.Task[None] | None = None
         self._open: set[asyncio.Task[Any]] = set()
 
     async def __aenter__(self) -> Self:
@@ -168,6 +173,8 @@ class MongoStore:
     ) -> None:
         while self._open:
             await asyncio.wait(self._open)
+        if self._preparing is not None:
+            await asyncio.wait([self._preparing])
         client, self._client = self._client, None
         if client is not None and inspect.isawaitable(closing := client.close()):
             await closing
@@ -221,7 +228,7 @@ class MongoStore:
         return await self._call(lambda: self._hold(right, holder, seconds))
 
     async def purge(self, ended_before: float, limit: int) -> int:
-        return await self._call(lambda: self._purge(ended_before, limit))
+        return await self._call(lambda: self._purge(ended_before, limit)) if limit else 0
 
     async def contents(self, task_id: str) -> Mapping[int, str]:
         async def find() -> Mapping[int, str]:
@@ -257,17 +264,22 @@ class MongoStore:
             raise _unavailable(error) from error
 
     async def _prepare(self) -> None:
-        """Make the indexes and read the clock, once; StoreUnavailable as long as that cannot be done."""
-        async with self._preparing:
-            if self._prepared:
-                return
-            try:
-                await self._read_clock()
-                await self._check_schema()
-                await self._make_indexes()
-            except PyMongoError as error:
-                raise _unavailable(error) from error
-            self._prepared = True
+        """Make the indexes and read the clock, once; StoreUnavailable as long as that cannot be done.
+
+        All who wait share one try: one after the other they would wait for ever.
+        """
+        if self._preparing is None or self._preparing.done():
+            self._preparing = asyncio.create_task(self._try_to_prepare())
+        await asyncio.shield(self._preparing)
+
+    async def _try_to_prepare(self) -> None:
+        try:
+            await self._read_clock()
+            await self._check_schema()
+            await self._make_indexes()
+        except PyMongoError as error:
+            raise _unavailable(error) from error
+        self._prepared = True
 
     async def _check_schema(self) -> None:
         found = await self._rights.find_one_and_update(
@@ -340,7 +352,9 @@ class MongoStore:
         between = {"$gt": once.since, "$lte": once.until}
         condition = {"unanswered": once.body, "created": between, "sender": {"$ne": once.sender}}
         found = await self._local.find_one(condition, wanted, hint="unanswered")
-        return Repeat(found["_id"], found["created"], once.body, by_key=False, sender=found["sender"]) if found else None
+        if found is None:
+            return None
+        return Repeat(found["_id"], found["created"], once.body, by_key=False, sender=found["sender"])
 
     @property
     def _local(self) -> Any:
@@ -363,30 +377,31 @@ class MongoStore:
         return Page(tuple(tasks), more=len(records) > query.limit)
 
     async def _condition(self, query: Query) -> tuple[Record, str]:
-        """What to look for, and in the order of which index."""
-        every: list[Record] = []
-        hint = "_id_"
-        if query.owner is not None:
-            every.append({"owner": query.owner})
-            hint = "owner"
-        if query.state is not None:
-            every.append(
-                {"state": {"$in": [query.state.value, query.or_state.value]} if query.or_state else query.state.value}
-            )
-            hint = "state"
-        if query.name_prefix:
-            end = beyond(query.name_prefix)
-            named = {"name": {"$gte": query.name_prefix, **({"$lt": end} if end else {})}}
-            every.append(named)
-            if not query.tags and await self._tasks.count_documents(named, limit=FEW, hint="name") < FEW:
-                hint = "name"
-        for key, value in query.tags:
-            every.append({"tags": {"$elemMatch": {"k": key, "v": value}}} if value else {"tags.k": key})
-        if query.tags:  # the first pair leads, and MongoDB looks at the others in the record
-            hint = "tag" if query.tags[0][1] else "tag_key"
+        """What to look for, and in the order of which index: that of the rarest condition, as far as we count.
+
+        The others are looked up in the records.
+        """
+        conditions = _conditions(query)
+        hint = conditions[0][1] if conditions else "_id_"
+        if len(conditions) > 1 or hint == "name":
+            counts = await asyncio.gather(*(self._count(*each) for each in conditions))
+            at = counts.index(min(counts))
+            hint = conditions[at][1]
+            if hint == "name" and counts[at] == FEW:  # a few are soon sorted; many are better found in their order
+                conditions.append(({"heads": _head_of(query.name_prefix)}, "head"))
+                hint = "head"
+        every = [condition for condition, _ in conditions]
         if query.after is not None:
             every.append({"_id": {"$lt": query.after}})
         return ({"$and": every} if every else {}), hint
+
+    async def _count(self, condition: Record, hint: str) -> int:
+        """How many tasks fulfil it, at most FEW. (This command alone counts in the index, without the records.)"""
+        answer = await self._database_of(self._client).command(
+            "count", "task", query=condition, hint=hint, limit=FEW, readConcern={"level": "local"}
+        )
+        count: int = answer["n"]
+        return count
 
     async def _load(self, records: Sequence[Record], view: TesView) -> list[Task]:
         if view is TesView.MINIMAL:
@@ -495,20 +510,22 @@ class MongoStore:
         """The longest due ones; where others take at the same time, any of the longest due ones that are left."""
         due = {"queued": queued, "due_at": {"$lte": now}}
         taken: list[tuple[float, Record]] = []
-        window = limit
+        places = SPREAD if self._crowd else 1
+        self._crowd = max(0, self._crowd - 1)
         while len(taken) < limit:
-            cursor = self._local.find(due, {"due_at": 1}).sort("due_at", ASCENDING).limit(window).hint("due")
-            found = {record["_id"]: record["due_at"] for record in await cursor.to_list(window)}
-            missing = limit - len(taken)
-            ids = list(found) if len(found) <= missing or window == limit else random.sample(list(found), missing)
-            ids = ids[:missing]
-            if not ids:
+            place = random.randrange(places) * limit
+            cursor = self._local.find(due, {"due_at": 1}).sort("due_at", ASCENDING).skip(place).hint("due")
+            records = await cursor.limit(limit - len(taken)).to_list(limit)
+            found = {record["_id"]: record["due_at"] for record in records}
+            if found:
+                won = await self._take(list(found), due, now + lease)
+                taken += [(found[record["_id"]], record) for record in won]
+                if len(won) < len(found):  # others are at the same ones: keep out of their way from now on
+                    places, self._crowd = SPREAD, CROWD
+            elif place == 0:
                 break
-            won = await self._take(ids, due, now + lease)
-            taken += [(found[record["_id"]], record) for record in won]
-            if len(won) == len(ids):
-                break
-            window = SPREAD * limit  # others are at the same ones: keep out of their way
+            else:  # there are not so many
+                places = 1
         taken.sort(key=lambda each: each[0])
         return await self._load([record for _, record in taken], TesView.BASIC)
 
@@ -612,6 +629,7 @@ class _Part:
 
 def record_of(task: Task, once: Once | None = None) -> tuple[Record, _Part]:
     """What `add` keeps of a new task: its record, and its texts."""
+    name = task.spec.name or ""
     cpus, ram_gb = asked(task)
     part = _Part(task.id, task.version)
     record: Record = {
@@ -619,9 +637,10 @@ def record_of(task: Task, once: Once | None = None) -> tuple[Record, _Part]:
         "version": task.version,
         "created": task.created,
         "owner": task.owner,
-        "name": task.spec.name or "",
+        "name": name,
         "cpus": cpus,
         "ram_gb": ram_gb,
+        "heads": list(dict.fromkeys(name[:length] for length in HEADS)),
         "tags": [{"k": key, "v": value} for key, value in (task.spec.tags or {}).items()],
         "document": part.or_inline(task.document, DOCUMENT, 0, 16 * INLINE),
         "attempts": [_attempt(each, part) for each in task.attempts],
@@ -642,6 +661,27 @@ def record_of(task: Task, once: Once | None = None) -> tuple[Record, _Part]:
             part.put(_line_rows(number, lines))
     record["parts"] = [part.name] if part.pieces else []
     return record, part
+
+
+def _conditions(query: Query) -> list[tuple[Record, str]]:
+    """The conditions of a query, each with the index that lists what fulfils it; all but names in the order of ids."""
+    found: list[tuple[Record, str]] = []
+    for key, value in query.tags:
+        found.append(({"tags": {"k": key, "v": value}}, "tag") if value else ({"tags.k": key}, "tag_key"))
+    if query.owner is not None:
+        found.append(({"owner": query.owner}, "owner"))
+    if query.state is not None:
+        states = [query.state.value, *([query.or_state.value] if query.or_state else [])]
+        found.append(({"state": {"$in": states} if query.or_state else states[0]}, "state"))
+    if query.name_prefix:
+        end = beyond(query.name_prefix)
+        found.append(({"name": {"$gte": query.name_prefix, **({"$lt": end} if end else {})}}, "name"))
+    return found
+
+
+def _head_of(prefix: str) -> str:
+    """The longest head that all names with this prefix have."""
+    return prefix[: max(length for length in HEADS if length <= len(prefix))]
 
 
 def _attempt(attempt: Attempt, part: _Part) -> str | Record:

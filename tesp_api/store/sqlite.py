@@ -15,14 +15,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from tesp_api.errors import RightLost, StoreUnavailable, StoreUnusable
 from tesp_api.lifecycle import KEEP, Change
-from tesp_api.store import FEW, STALE, Bell, Load, Once, Page, Query, Repeat, Ring, beyond, ring_for
+from tesp_api.store import FEW, HEADS, STALE, Bell, Load, Once, Page, Query, Repeat, Ring, beyond, ring_for
 from tesp_api.store.codec import (
     SYSTEM,
     asked,
@@ -115,28 +115,32 @@ MIGRATIONS = (
     DROP TABLE tag;
     ALTER TABLE tag_2 RENAME TO tag;
     CREATE INDEX tag_key ON tag (key, task_id);
-    """,
+    """
+    + "".join(f"CREATE INDEX task_head_{length} ON task (substr(name, 1, {length}), id, name);" for length in HEADS),
 )
 """SQL that leads from each schema version to the next; `PRAGMA user_version` says how many have been run."""
 
 _MINIMAL = "task.id, task.state, task.version, task.due_at, task.created, task.owner"
 _BASIC = _MINIMAL + ", task.attempts, (SELECT text FROM document WHERE document.task_id = task.id)"
-_UNANSWERED = (
-    "SELECT task_id, created, sender FROM unanswered WHERE body = ?1 AND created > ?3 AND created <= ?4"
-)
+_UNANSWERED = "SELECT task_id, created, sender FROM unanswered WHERE body = ?1 AND created > ?3 AND created <= ?4"
+_ALL = "task AS lead WHERE 1"
 BATCH = 256
 _OURS = (sqlite3.OperationalError, sqlite3.DatabaseError)
 """What the disk or another process did; anything else is the caller's."""
 
 
 class SqliteStore:
-    """The TaskStore on one SQLite file, or in memory with `path` ":memory:"."""
+    """The TaskStore on one SQLite file, or in memory with `path` ":memory:".
 
-    def __init__(self, path: Path | str) -> None:
+    `alone` keeps all other processes out; to open it is StoreUnavailable while one of them is in.
+    """
+
+    def __init__(self, path: Path | str, *, alone: bool = False) -> None:
         self.path = str(path)
         self.bell = Bell()
-        self._writer = _Worker(self.path, writes=True)
-        self._reader = self._writer if self.path == ":memory:" else _Worker(self.path, writes=False)
+        self._writer = _Worker(self.path, writes=True, alone=alone)
+        both = alone or self.path == ":memory:"
+        self._reader = self._writer if both else _Worker(self.path, writes=False)
 
     async def __aenter__(self) -> Self:
         await self._writer.start(_migrate)
@@ -207,9 +211,10 @@ class SqliteStore:
 class _Worker:
     """Runs functions on one connection in one thread, as many as are waiting in one transaction."""
 
-    def __init__(self, path: str, *, writes: bool) -> None:
+    def __init__(self, path: str, *, writes: bool, alone: bool = False) -> None:
         self._path = path
         self._writes = writes
+        self._alone = alone
         self._durable: bool | None = None
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -247,7 +252,10 @@ class _Worker:
             if self._path != ":memory:":
                 Path(self._path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 Path(self._path).touch(mode=0o600)  # tasks may hold secrets
-            db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=30)
+            patience = 1 if self._alone else 30
+            db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=patience)
+            if self._alone:
+                db.execute("PRAGMA locking_mode = EXCLUSIVE")
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA foreign_keys = ON")
             if prepare is not None:
@@ -484,36 +492,11 @@ def _bodies(db: sqlite3.Connection, task_ids: list[str]) -> dict[str, Bodies]:
 
 def _page(db: sqlite3.Connection, query: Query, view: TesView) -> Page:
     columns = _MINIMAL if view is TesView.MINIMAL else _BASIC
-    source, conditions, values = "task", ["1"], []
-    for at, (key, value) in enumerate(query.tags):
-        # The first pair leads, its index being in the order of ids; the others are looked up.
-        source = f"tag AS t{at} CROSS JOIN task ON task.id = t{at}.task_id" if at == 0 else source
-        if at == 0:
-            conditions.append("t0.key = ?" + (" AND t0.value = ?" if value else ""))
-        else:
-            also = " AND tag.value = ?" if value else ""
-            conditions.append(f"EXISTS (SELECT 1 FROM tag WHERE tag.task_id = task.id AND tag.key = ?{also})")
-        values += [key, value] if value else [key]
-    order = "t0.task_id" if query.tags else "task.id"
-    if query.state is not None:
-        conditions.append("task.state IN (?, ?)" if query.or_state else "task.state = ?")
-        values += [query.state, query.or_state] if query.or_state else [query.state]
-    if query.name_prefix:
-        end = beyond(query.name_prefix)
-        # A rare name is found by its index; a common one sooner in the order of ids (`+` keeps the index out).
-        column = "task.name" if not query.tags and _are_few(db, query.name_prefix, end) else "+task.name"
-        conditions.append(f"{column} >= ?" + (f" AND {column} < ?" if end else ""))
-        values += [query.name_prefix, end] if end else [query.name_prefix]
-    if query.owner is not None:
-        conditions.append("task.owner = ?")
-        values.append(query.owner)
-    if query.after is not None:
-        conditions.append(f"{order} < ?")
-        values.append(query.after)
+    found, values = _find(db, query)
     rows = db.execute(
-        f"SELECT {columns} FROM {source} WHERE {' AND '.join(conditions)} ORDER BY {order} DESC LIMIT ?",
-        (*values, query.limit + 1),
+        f"SELECT {columns} FROM ({found}) AS found CROSS JOIN task ON task.id = found.id", values
     ).fetchall()
+    rows.sort(reverse=True)
     tasks = [_task(row) for row in rows[: query.limit]]
     if view is TesView.FULL:
         bodies = _bodies(db, [task.id for task in tasks])
@@ -521,12 +504,103 @@ def _page(db: sqlite3.Connection, query: Query, view: TesView) -> Page:
     return Page(tuple(tasks), more=len(rows) > query.limit)
 
 
-def _are_few(db: sqlite3.Connection, first: str, end: str | None) -> bool:
-    rows = db.execute(
-        f"SELECT 1 FROM task WHERE name >= ?{' AND name < ?' if end else ''} LIMIT {FEW}",
-        (first, end) if end else (first,),
-    )
-    return len(rows.fetchall()) < FEW
+@dataclass(frozen=True)
+class _Condition:
+    """One condition of a query, and the index that lists the ids of the tasks that fulfil it.
+
+    `{0}` in `terms` is the table. Ids are listed in their order; where they are not, `in_order` says the same by an
+    index that has them in order.
+    """
+
+    table: str
+    index: str
+    terms: tuple[str, ...]
+    values: tuple[Any, ...]
+    in_order: _Condition | None = None
+
+    @property
+    def id(self) -> str:
+        """The column of ids."""
+        return "task_id" if self.table == "tag" else "id"
+
+    @property
+    def rows(self) -> str:
+        """FROM and WHERE for all of them."""
+        return self._rows("lead")
+
+    def holds(self, task_id: str) -> str:
+        """The condition for one task."""
+        return f"EXISTS (SELECT 1 FROM {self._rows('other')} AND other.{self.id} = {task_id})"
+
+    def _rows(self, alias: str) -> str:
+        using = f" INDEXED BY {self.index}" if self.index else ""
+        return f"{self.table} AS {alias}{using} WHERE {' AND '.join(self.terms).format(alias)}"
+
+
+def _conditions(query: Query) -> list[_Condition]:
+    found = []
+    for key, value in query.tags:
+        if value:
+            found.append(_Condition("tag", "", ("{0}.key = ?", "{0}.value = ?"), (key, value)))
+        else:
+            found.append(_Condition("tag", "tag_key", ("{0}.key = ?",), (key,)))
+    if query.owner is not None:
+        found.append(_Condition("task", "task_owner", ("{0}.owner = ?",), (query.owner,)))
+    if query.state is not None:
+        states = (query.state, query.or_state) if query.or_state else (query.state,)
+        found.append(_Condition("task", "task_state", (f"{{0}}.state IN ({', '.join('?' * len(states))})",), states))
+    if query.name_prefix:
+        found.append(_named(query.name_prefix))
+    return found
+
+
+def _named(prefix: str) -> _Condition:
+    end = beyond(prefix)
+    terms, values = (("{0}.name >= ?", "{0}.name < ?"), (prefix, end)) if end else (("{0}.name >= ?",), (prefix,))
+    length = max(each for each in HEADS if each <= len(prefix))
+    head = prefix[:length].partition("\0")[0]  # as far as SQLite's substr sees it
+    same_head = f"substr({{0}}.name, 1, {length}) = ?"
+    in_order = _Condition("task", f"task_head_{length}", (same_head, *terms), (head, *values))
+    return _Condition("task", "task_name", terms, values, in_order)
+
+
+def _find(db: sqlite3.Connection, query: Query) -> tuple[str, list[Any]]:
+    """What selects the ids on a page: it goes along the index of one condition and looks into those of the others.
+
+    It reads no records, which lie far apart: one costs as much as many entries of an index.
+    """
+    lead, others = _lead(db, _conditions(query))
+    task_id, rows, values = (f"lead.{lead.id}", lead.rows, [*lead.values]) if lead else ("lead.id", _ALL, [])
+    for each in others:
+        rows += f" AND {each.holds(task_id)}"
+        values += each.values
+    if query.after is not None:
+        rows += f" AND {task_id} < ?"
+        values.append(query.after)
+    return f"SELECT {task_id} AS id FROM {rows} ORDER BY {task_id} DESC LIMIT ?", [*values, query.limit + 1]
+
+
+def _lead(db: sqlite3.Connection, conditions: list[_Condition]) -> tuple[_Condition | None, list[_Condition]]:
+    """The condition that leads, and the others: the rarest, but what is not rare is not counted to its end."""
+    if not conditions:
+        return None, []
+    in_order = [each.in_order or each for each in conditions]
+    if in_order == conditions[:1]:
+        return conditions[0], []
+    for bound in (FEW // 20, FEW):
+        counts = [_count(db, each, bound) for each in conditions]
+        if min(counts) < bound:
+            break
+    at = counts.index(min(counts))
+    # A few are soon sorted; many are better found in their order.
+    return conditions[at] if counts[at] < FEW else in_order[at], in_order[:at] + in_order[at + 1 :]
+
+
+def _count(db: sqlite3.Connection, condition: _Condition, bound: int) -> int:
+    """How many tasks fulfil it, at most `bound`."""
+    sql = f"SELECT count(*) FROM (SELECT 1 FROM {condition.rows} LIMIT ?)"
+    count: int = db.execute(sql, (*condition.values, bound)).fetchone()[0]
+    return count
 
 
 def _apply(db: sqlite3.Connection, task_id: str, change: Change, before: float | None = None) -> Task | None:
