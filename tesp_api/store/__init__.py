@@ -216,6 +216,9 @@ class TaskStore(Protocol):
 FEW = 1000
 """Up to here the tasks are counted that fulfil one of several conditions; the rarest leads a query."""
 
+SAMPLE = 50
+"""Of conditions that many tasks fulfil, so many of the newest tell which is the rarest."""
+
 HEADS = (1, 6, 12, 24)
 """Tasks whose names have a head in common, so many characters, are also listed in the order of their ids.
 

@@ -18,7 +18,6 @@ import asyncio
 import inspect
 import logging
 import math
-import random
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -43,7 +42,7 @@ from pymongo.uri_parser import parse_uri
 
 from tesp_api.errors import RightLost, SettingsError, StoreUnavailable, StoreUnusable
 from tesp_api.lifecycle import KEEP, Change
-from tesp_api.store import FEW, HEADS, STALE, Bell, Load, Once, Page, Query, Repeat, Ring, beyond, ring_for
+from tesp_api.store import FEW, HEADS, SAMPLE, STALE, Bell, Load, Once, Page, Query, Repeat, Ring, beyond, ring_for
 from tesp_api.store.codec import (
     SYSTEM,
     asked,
@@ -151,6 +150,7 @@ class MongoStore:
         self._make_client = client
         self._client: Any = None
         self._ahead = 0.0
+        self._replicated = False
         self._crowd = 0
         self._prepared = False
         self._preparing: asyncio.Task[None] | None = None
@@ -232,7 +232,7 @@ class MongoStore:
 
     async def contents(self, task_id: str) -> Mapping[int, str]:
         async def find() -> Mapping[int, str]:
-            record = await self._tasks.find_one({"_id": task_id}, {"parts": 1})
+            record = await self._record(task_id, {"parts": 1})
             return (await self._bodies([record]))[task_id].contents if record else {}
 
         return await self._call(find)
@@ -306,6 +306,7 @@ class MongoStore:
         asked_at = time.time()
         answer = await self._client.admin.command("hello")
         answered_at = time.time()
+        self._replicated = "setName" in answer
         self._ahead = answer["localTime"].replace(tzinfo=UTC).timestamp() - (asked_at + answered_at) / 2
 
     def _database_of(self, client: Any) -> Any:
@@ -345,6 +346,19 @@ class MongoStore:
         return None
 
     async def _repeat(self, once: Once) -> Repeat | None:
+        repeat = await self._find_repeat(once)
+        return repeat if repeat is not None and await self._stays(repeat.task_id) else None
+
+    async def _stays(self, task_id: str) -> bool:
+        """Whether a task that the primary knows is there for good: only then may anyone be told that it is kept.
+
+        A write that changes nothing waits, like any other, until most of the nodes have all that the primary had.
+        """
+        if await self._tasks.find_one({"_id": task_id}, {"_id": 1}) is not None:
+            return True
+        return bool((await self._tasks.update_one({"_id": task_id}, {"$set": {"_id": task_id}})).matched_count)
+
+    async def _find_repeat(self, once: Once) -> Repeat | None:
         wanted = {"created": 1, "body": 1, "sender": 1}
         if once.key:
             found = await self._local.find_one({"key": once.key}, wanted, hint="key")
@@ -364,10 +378,19 @@ class MongoStore:
     # Read
 
     async def _get(self, task_id: str, view: TesView, owner: str | None) -> Task | None:
-        record = await self._tasks.find_one({"_id": task_id}, _MINIMAL if view is TesView.MINIMAL else _BASIC)
+        record = await self._record(task_id, _MINIMAL if view is TesView.MINIMAL else _BASIC)
         if record is None or (owner is not None and record["owner"] != owner):
             return None
         return (await self._load([record], view))[0]
+
+    async def _record(self, task_id: str, fields: Record) -> Record | None:
+        """One record. A primary that was paused does not know yet that there is another one, nor what came meanwhile:
+        it has to ask the others before it may say no."""
+        record: Record | None = await self._tasks.find_one({"_id": task_id}, fields)
+        if record is None and self._replicated:
+            sure = self._tasks.with_options(read_concern=ReadConcern("linearizable"))
+            record = await sure.find_one({"_id": task_id}, fields)
+        return record
 
     async def _page(self, query: Query, view: TesView) -> Page:
         condition, hint = await self._condition(query)
@@ -377,19 +400,19 @@ class MongoStore:
         return Page(tuple(tasks), more=len(records) > query.limit)
 
     async def _condition(self, query: Query) -> tuple[Record, str]:
-        """What to look for, and in the order of which index: that of the rarest condition, as far as we count.
+        """What to look for, and in the order of which index: that of the rarest condition.
 
-        The others are looked up in the records.
+        What is not rare is judged by its newest tasks. The other conditions are looked up in the records.
         """
         conditions = _conditions(query)
         hint = conditions[0][1] if conditions else "_id_"
         if len(conditions) > 1 or hint == "name":
             counts = await asyncio.gather(*(self._count(*each) for each in conditions))
-            at = counts.index(min(counts))
-            hint = conditions[at][1]
-            if hint == "name" and counts[at] == FEW:  # a few are soon sorted; many are better found in their order
-                conditions.append(({"heads": _head_of(query.name_prefix)}, "head"))
-                hint = "head"
+            hint = conditions[counts.index(min(counts))][1]  # if it has to be sorted, that is soon done
+            if min(counts) == FEW:
+                conditions = [_in_order(*each) for each in conditions]
+                marks = await asyncio.gather(*(self._mark(*each) for each in conditions[1:] and conditions))
+                hint = conditions[marks.index(min(marks)) if marks else 0][1]
         every = [condition for condition, _ in conditions]
         if query.after is not None:
             every.append({"_id": {"$lt": query.after}})
@@ -402,6 +425,12 @@ class MongoStore:
         )
         count: int = answer["n"]
         return count
+
+    async def _mark(self, condition: Record, hint: str) -> str:
+        """The id of the SAMPLEth newest task that fulfils it: the rarer they are, the older is that one."""
+        cursor = self._local.find(condition, {"_id": 1}).sort("_id", DESCENDING).skip(SAMPLE - 1).limit(1).hint(hint)
+        records = await cursor.to_list(1)
+        return records[0]["_id"] if records else ""
 
     async def _load(self, records: Sequence[Record], view: TesView) -> list[Task]:
         if view is TesView.MINIMAL:
@@ -513,7 +542,7 @@ class MongoStore:
         places = SPREAD if self._crowd else 1
         self._crowd = max(0, self._crowd - 1)
         while len(taken) < limit:
-            place = random.randrange(places) * limit
+            place = secrets.randbelow(places) * limit
             cursor = self._local.find(due, {"due_at": 1}).sort("due_at", ASCENDING).skip(place).hint("due")
             records = await cursor.limit(limit - len(taken)).to_list(limit)
             found = {record["_id"]: record["due_at"] for record in records}
@@ -679,9 +708,13 @@ def _conditions(query: Query) -> list[tuple[Record, str]]:
     return found
 
 
-def _head_of(prefix: str) -> str:
-    """The longest head that all names with this prefix have."""
-    return prefix[: max(length for length in HEADS if length <= len(prefix))]
+def _in_order(condition: Record, hint: str) -> tuple[Record, str]:
+    """The same with an index that has ids in their order: a prefix is looked for among the names with its head."""
+    if hint != "name":
+        return condition, hint
+    prefix = condition["name"]["$gte"]
+    length = max(each for each in HEADS if each <= len(prefix))
+    return {"heads": prefix[:length], **condition}, "head"
 
 
 def _attempt(attempt: Attempt, part: _Part) -> str | Record:

@@ -22,7 +22,7 @@ from typing import Any, Self, TypeVar
 
 from tesp_api.errors import RightLost, StoreUnavailable, StoreUnusable
 from tesp_api.lifecycle import KEEP, Change
-from tesp_api.store import FEW, HEADS, STALE, Bell, Load, Once, Page, Query, Repeat, Ring, beyond, ring_for
+from tesp_api.store import FEW, HEADS, SAMPLE, STALE, Bell, Load, Once, Page, Query, Repeat, Ring, beyond, ring_for
 from tesp_api.store.codec import (
     SYSTEM,
     asked,
@@ -558,9 +558,8 @@ def _named(prefix: str) -> _Condition:
     end = beyond(prefix)
     terms, values = (("{0}.name >= ?", "{0}.name < ?"), (prefix, end)) if end else (("{0}.name >= ?",), (prefix,))
     length = max(each for each in HEADS if each <= len(prefix))
-    head = prefix[:length].partition("\0")[0]  # as far as SQLite's substr sees it
     same_head = f"substr({{0}}.name, 1, {length}) = ?"
-    in_order = _Condition("task", f"task_head_{length}", (same_head, *terms), (head, *values))
+    in_order = _Condition("task", f"task_head_{length}", (same_head, *terms), (prefix[:length], *values))
     return _Condition("task", "task_name", terms, values, in_order)
 
 
@@ -581,19 +580,23 @@ def _find(db: sqlite3.Connection, query: Query) -> tuple[str, list[Any]]:
 
 
 def _lead(db: sqlite3.Connection, conditions: list[_Condition]) -> tuple[_Condition | None, list[_Condition]]:
-    """The condition that leads, and the others: the rarest, but what is not rare is not counted to its end."""
+    """The condition that leads, and the others. The rarest leads; what is not rare is judged by its newest tasks."""
     if not conditions:
         return None, []
     in_order = [each.in_order or each for each in conditions]
     if in_order == conditions[:1]:
         return conditions[0], []
-    for bound in (FEW // 20, FEW):
+    for bound in (SAMPLE, FEW):
         counts = [_count(db, each, bound) for each in conditions]
         if min(counts) < bound:
             break
     at = counts.index(min(counts))
-    # A few are soon sorted; many are better found in their order.
-    return conditions[at] if counts[at] < FEW else in_order[at], in_order[:at] + in_order[at + 1 :]
+    lead = conditions[at]  # if it has to be sorted, that is soon done
+    if counts[at] == FEW:
+        marks = [_mark(db, each) for each in in_order] if len(in_order) > 1 else [""]
+        at = marks.index(min(marks))
+        lead = in_order[at]
+    return lead, in_order[:at] + in_order[at + 1 :]
 
 
 def _count(db: sqlite3.Connection, condition: _Condition, bound: int) -> int:
@@ -601,6 +604,14 @@ def _count(db: sqlite3.Connection, condition: _Condition, bound: int) -> int:
     sql = f"SELECT count(*) FROM (SELECT 1 FROM {condition.rows} LIMIT ?)"
     count: int = db.execute(sql, (*condition.values, bound)).fetchone()[0]
     return count
+
+
+def _mark(db: sqlite3.Connection, condition: _Condition) -> str:
+    """The id of the SAMPLEth newest task that fulfils it: the rarer they are, the older is that one."""
+    task_id = f"lead.{condition.id}"
+    sql = f"SELECT {task_id} FROM {condition.rows} ORDER BY {task_id} DESC LIMIT 1 OFFSET {SAMPLE - 1}"
+    row = db.execute(sql, condition.values).fetchone()
+    return row[0] if row else ""
 
 
 def _apply(db: sqlite3.Connection, task_id: str, change: Change, before: float | None = None) -> Task | None:

@@ -337,12 +337,17 @@ PREFIXES = [
     "e",
     "zz",
     "ab",
+    "a\0",
     "x" * 5000,
 ]
 
 
 @pytest.mark.parametrize(
-    ("prefix", "few"), [*((prefix, True) for prefix in PREFIXES), ("a%", False), ("\U0010ffff", False)]
+    ("prefix", "few"),
+    [
+        *((prefix, True) for prefix in PREFIXES),
+        *((prefix, False) for prefix in ("a%", "\U0010ffff", "abcdef", "x" * 24, "x" * 30)),
+    ],
 )
 def test_name_prefix_is_literal(open_store: Open, prefix: str, few: bool) -> None:
     async def main() -> None:
@@ -385,6 +390,32 @@ async def test_filters_hold_together(store: TaskStore) -> None:
                         )
                     ]
                     assert found == sorted(wanted, reverse=True), (state, owner, prefix, tags)
+
+
+@on
+async def test_filters_hold_together_where_each_has_many_tasks(store: TaskStore) -> None:
+    states, owners = (TesState.COMPLETE, TesState.QUEUED), ("alice", "bob", "carol")
+    tasks = [
+        make_task(
+            name=f"run-{number % 5}", owner=owners[number % 3], tags={"k": "v"}, record={"state": states[number % 2]}
+        )
+        for number in range(4 * FEW)
+    ]
+    for start in range(0, len(tasks), 500):
+        await added(store, *tasks[start : start + 500])
+    for state in (None, *states):
+        for owner in (None, owners[0]):
+            for prefix in ("", "run-", "run-1"):
+                for tags in ((), (("k", "v"),), (("k", ""),)):
+                    page = await store.page(Query(state=state, owner=owner, name_prefix=prefix, tags=tags, limit=9))
+                    wanted = [
+                        task.id
+                        for task in tasks
+                        if state in (None, task.state)
+                        and owner in (None, task.owner)
+                        and (task.spec.name or "").startswith(prefix)
+                    ]
+                    assert [task.id for task in page.tasks] == sorted(wanted, reverse=True)[:9]
 
 
 # Changes

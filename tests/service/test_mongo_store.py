@@ -6,15 +6,17 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from motor.motor_asyncio import AsyncIOMotorClient
-from pymongo import MongoClient
+from pymongo import MongoClient, WriteConcern
 
-from tesp_api.errors import StoreUnusable
+from tesp_api.errors import StoreUnavailable, StoreUnusable
 from tesp_api.lifecycle import Change
-from tesp_api.store.mongo import INDEXES, MongoStore
+from tesp_api.store import Once
+from tesp_api.store.mongo import INDEXES, MongoStore, record_of
 from tesp_api.task import Task
 from tesp_api.tes import TesState, TesView
 from tests import mongod
@@ -183,3 +185,33 @@ def test_takers_that_meet_still_get_everything(uri: str) -> None:
             await store.__aexit__(None, None, None)
 
     run(go())
+
+
+def test_a_repeat_is_answered_only_with_a_task_that_no_failover_takes_back(tmp_path: Path) -> None:
+    """The record of a create whose process died lies on the primary alone, which is cut off and then dies too."""
+    once = Once(body="the same", sender="one", key="key")
+
+    async def go(replicas: mongod.ReplicaSet) -> None:
+        async with MongoStore(replicas.uri) as store:
+            primary = replicas.primary()
+            others = [node for node in replicas.nodes if node is not primary]
+            for node in others:
+                node.pause()
+            with MongoClient[Any](primary.uri) as client:
+                tasks = client.get_database("tesp", write_concern=WriteConcern(1))["task"]
+                tasks.insert_one(record_of(make_task(), once)[0])
+            repeated = make_task()
+            asking = asyncio.create_task(store.add(repeated, once))
+            await asyncio.wait([asking], timeout=0.5)
+            assert not asking.done(), "nobody can know yet whether that record stays"
+            primary.kill()
+            for node in others:
+                node.resume()
+            try:
+                repeat = await asking
+            except StoreUnavailable:
+                repeat = await store.add(repeated, once)
+            assert await store.get(repeat.task_id if repeat else repeated.id) is not None
+
+    with mongod.ReplicaSet(tmp_path, 3) as replicas:
+        run(go(replicas))
