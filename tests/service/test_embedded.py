@@ -148,6 +148,27 @@ def test_it_is_started_again_when_it_dies_and_jobs_live_on(tmp_path: Path) -> No
     asyncio.run(main())
 
 
+def test_a_worker_that_outlives_its_master_makes_way(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with embedded(tmp_path) as site:
+            await run_one(site)
+            first = site.pulsar.pid
+            assert first is not None
+            _, writer = await asyncio.open_unix_connection(site.pulsar.socket)
+            writer.write(b"GET /jobs HTTP/1.1\r\n")  # a worker on its way out waits for such a connection
+            await writer.drain()
+            os.kill(first, signal.SIGKILL)
+
+            async def anew() -> bool:
+                return site.pulsar.pid not in (None, first)
+
+            await until(anew, "a new server")
+            assert await run_one(site) == "hello\n"
+            writer.close()
+
+    asyncio.run(main())
+
+
 def test_what_a_killed_service_leaves_is_adopted(tmp_path: Path) -> None:
     parent = other_service(tmp_path)
     server = Process.of(noted(tmp_path))

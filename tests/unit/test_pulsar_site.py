@@ -13,7 +13,7 @@ from tesp_api.runner import job
 from tesp_api.runner.bundle import Bundle
 from tesp_api.sites import SiteFacts, documents
 from tesp_api.sites.pulsar.messages import Launch, Status
-from tesp_api.sites.pulsar.site import PulsarSite
+from tesp_api.sites.pulsar.site import STILL, PulsarSite
 from tesp_api.task import Observation, Phase
 from tests import standin
 
@@ -114,6 +114,14 @@ def test_what_an_observation_says(
 ) -> None:
     seen = look(Memory(status, **files))
     assert (seen.phase, seen.result is not None, seen.exit_code) == (phase, has_result, exit_code)
+
+
+def test_a_set_up_without_an_end_is_no_sign_of_life() -> None:
+    """A Pulsar that was killed while it set the job up says so ever after; patience must come to its end."""
+    found = site(Memory(Status("preprocessing")))
+    assert asyncio.run(found.observe([ID]))[0].phase is Phase.WAITING
+    found._pulses[ID].since -= STILL + 1
+    assert asyncio.run(found.observe([ID]))[0].phase is Phase.RUNNING
 
 
 def test_nothing_is_fetched_from_an_ended_job_that_is_not_there() -> None:

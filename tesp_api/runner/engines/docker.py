@@ -15,6 +15,7 @@ _STANDARD = "unix:///var/run/docker.sock"
 _GRACE = 1  # seconds from the polite stop to the kill: a shell as process 1 never hears the polite one
 _LEAST_MEMORY = 6 * 1024 * 1024  # Docker refuses less
 _LOST = 60.0  # seconds that a lost engine has to come back
+_SILENT = 15.0  # seconds between two looks at a container of which the engine says nothing
 _KILLED = (137, 143, 255)  # what the containers of an engine that went down end with
 _LABEL = "tesp.job"
 _NO_IMAGE_ENGINE = (
@@ -137,8 +138,9 @@ class Docker(Engine):
             self.setting.watch.check()
             try:
                 status, answer = self._call("POST", "/containers/create?name=" + name, body)
-            except EngineError:
-                sweep(self.setting.plan.runtime.docker_host, self.setting.plan.job_id, 0)  # it may have come to be
+            except EngineError as error:
+                if not isinstance(error.__context__, (ConnectionRefusedError, FileNotFoundError, PermissionError)):
+                    self._remove_later(name, unsure=True)  # it may have come to be, or be about to
                 raise
             if status == 201:
                 for warning in answer.get("Warnings") or []:
@@ -203,25 +205,26 @@ class Docker(Engine):
                 return reason(error)
         return ""
 
-    def _remove_later(self, name: str) -> None:
-        """Remove a container while other work goes on; `close` waits for it."""
-        thread = threading.Thread(target=self._remove, args=(name,), daemon=True)
+    def _remove_later(self, name: str, unsure: bool = False) -> None:
+        """Remove a container while other work goes on; `close` waits for it. `unsure`: it may yet come to be."""
+        thread = threading.Thread(target=self._remove, args=(name, unsure), daemon=True)
         self._removals.append(thread)
         thread.start()
 
-    def _remove(self, name: str) -> None:
+    def _remove(self, name: str, unsure: bool) -> None:
         for pause in (0.2, 1.0, 5.0, None):
+            trouble = ""
             try:
                 status, answer = self._call("DELETE", "/containers/%s?v=1&force=1" % name)
-                if status in (204, 404):
+                if status == 204 or (status == 404 and not unsure):
                     return
-                trouble = words(answer)
+                if status != 404:
+                    trouble = words(answer)
             except EngineError as error:
                 trouble = str(error)
-            if pause is None:
-                self._trouble = trouble
-            else:
+            if pause is not None:
                 time.sleep(pause)
+        self._trouble = trouble or self._trouble
 
 
 class _Execution:
@@ -233,6 +236,8 @@ class _Execution:
         self._path = "/containers/" + name
         self._run = run
         self._ended = threading.Event()
+        self._blocks = 0  # of its output
+        self._forgotten = False
 
     def carry_out(self) -> int:
         try:
@@ -276,10 +281,12 @@ class _Execution:
     def _follow(self, attached: Connection, waiting: Connection) -> int:
         if self._run.stdin is not None:
             threading.Thread(target=self._feed, args=(attached, self._run.stdin), daemon=True).start()
+        threading.Thread(target=self._look_after, args=(attached, waiting), daemon=True).start()
         lost: Optional[BaseException] = None
         code = -1
         try:
             for stream, block in attached.blocks():
+                self._blocks += 1
                 (self._run.stderr if stream == 2 else self._run.stdout).write(block)
             import json
 
@@ -287,12 +294,29 @@ class _Execution:
                 raise ConnectionError(waiting.text())
             code = int(json.loads(waiting.text())["StatusCode"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            lost = error
+            lost = ConnectionError("it has not told of the end") if self._forgotten else error
         if lost is not None:
             return self._recover(lost)
         if code != 0:
             self._explain()
         return code
+
+    def _look_after(self, attached: Connection, waiting: Connection) -> None:
+        """An engine under load may forget to tell of an end. Hang up if two looks find it, with no output between."""
+        before: Optional[int] = None
+        while not self._ended.wait(_SILENT):
+            now_read = self._blocks
+            try:
+                status, answer = self._engine.call("GET", self._path + "/json")
+                is_over = status == 200 and answer["State"]["Status"] in ("exited", "dead")
+            except (EngineError, KeyError, TypeError):
+                is_over = False
+            if is_over and before == now_read == self._blocks:
+                self._forgotten = True
+                attached.close()
+                waiting.close()
+                return
+            before = now_read if is_over else None
 
     def _feed(self, connection: Connection, stdin: int) -> None:
         import socket

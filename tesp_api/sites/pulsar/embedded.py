@@ -48,6 +48,10 @@ LONGEST: Final = 80
 BOOT: Final = 30.0
 """Seconds within which a Pulsar must answer after its start."""
 
+ORPHANED: Final = 3.0
+"""Seconds that the workers of a dead Pulsar have to end by themselves. They notice its death in one second, but then
+they wait for their connections, for some of them without an end."""
+
 BACKOFF: Final = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Pauses in seconds after a Pulsar died early, one after the other."""
 
@@ -211,28 +215,42 @@ class EmbeddedPulsar:
 
     async def _adopt(self, lock: int) -> bool:
         """Make the Pulsar that holds the lock ours, True; or have the lock free, False."""
-        deadline = time.monotonic() + BOOT
-        while time.monotonic() < deadline:
+        started = alone = time.monotonic()
+        left = None
+        while time.monotonic() - started < BOOT and time.monotonic() - alone < ORPHANED:
             if _lock(lock):
                 return False  # it was on its way out
-            left = Process.noted(self.directory / "pulsar.pid") or _listener(self.socket)
+            left = self._left_over()
+            if left is not None:
+                alone = time.monotonic()
             if left is not None and await self._is_well():
                 log.info("Adopted the embedded Pulsar that was left over (process %s).", left.pid)
                 left.note(self.directory / "pulsar.pid")
                 self._server, self._child = left, None
                 return True
             await asyncio.sleep(0.1)
-        left = Process.noted(self.directory / "pulsar.pid") or _listener(self.socket)
-        if left is None:
-            raise SiteUnavailable("an unknown process keeps pulsar.lock and does not answer")
-        log.warning("The embedded Pulsar that was left over (process %s) does not answer; it is killed.", left.pid)
-        await self._stop(left)
-        deadline = time.monotonic() + self._stop_within
-        while not _lock(lock):  # its worker takes a second to notice
-            if time.monotonic() > deadline:
-                raise SiteUnavailable("what was left over of the last one keeps pulsar.lock")
-            await asyncio.sleep(0.05)
+        if left is not None:
+            log.warning("The embedded Pulsar that was left over (process %s) does not answer; it is killed.", left.pid)
+            await self._stop(left)
+        await self._free(lock, within=ORPHANED if left is not None else 0.0)
         return False
+
+    def _left_over(self) -> Process | None:
+        """The master of a Pulsar that lives."""
+        return Process.noted(self.directory / "pulsar.pid") or _listener(self.socket)
+
+    async def _free(self, lock: int, within: float) -> None:
+        """Have the lock of a Pulsar that has no master any more: who still holds it after `within` is killed."""
+        killed, deadline = False, time.monotonic() + within
+        while not _lock(lock):
+            if time.monotonic() > deadline and killed:
+                raise SiteUnavailable("what was left over of the last one keeps pulsar.lock")
+            if time.monotonic() > deadline:
+                killed, deadline = True, time.monotonic() + self._stop_within
+                for each in _holders(lock):
+                    log.warning("Process %s, left over of an embedded Pulsar that died, is killed.", each.pid)
+                    each.signal(signal.SIGKILL)
+            await asyncio.sleep(0.05)
 
     def _start(self, lock: int) -> None:
         if self._root != self.directory:
@@ -436,6 +454,25 @@ def _lock(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _holders(fd: int) -> list[Process]:
+    """The other processes of this machine that have the file open."""
+    mine = os.fstat(fd)
+    found = []
+    for entry in os.listdir("/proc"):  # noqa: PTH208 - names only
+        with suppress(OSError):  # gone meanwhile, or another user's
+            if entry.isdigit() and int(entry) != os.getpid() and _has_open(f"/proc/{entry}/fd", mine):
+                found.append(Process.of(int(entry)))
+    return [each for each in found if each is not None]
+
+
+def _has_open(folder: str, facts: os.stat_result) -> bool:
+    for name in os.listdir(folder):  # noqa: PTH208 - names only
+        with suppress(OSError):
+            if os.path.samestat(os.stat(f"{folder}/{name}"), facts):  # noqa: PTH116
+                return True
+    return False
 
 
 def _listener(path: str) -> Process | None:

@@ -26,7 +26,8 @@ from tesp_api.task import Observation, Phase
 log = logging.getLogger(__name__)
 
 STILL: Final = 15.0
-"""Seconds without a beat after which the result is looked for even though Pulsar says that the job runs."""
+"""Seconds without a beat after which the result is looked for even though Pulsar says that the job runs, and a set-up
+counts as no sign of life any more."""
 
 LEAVING: Final = (0.0, 0.01, 0.03, 0.06)
 """Pauses in seconds between looks at a job that is to be forgotten: the end of its process may be a moment away."""
@@ -158,7 +159,9 @@ class PulsarSite:
         if status is None:
             return await self._by_files(job_id, "Pulsar fails to tell the status of this job.")
         if status.state == "preprocessing":
-            return Observation(job_id=job_id, phase=Phase.WAITING)
+            # The set-up takes a moment, as Pulsar moves no files for us. One killed in the middle says this for ever.
+            phase = Phase.RUNNING if self._is_still(job_id, None) else Phase.WAITING
+            return Observation(job_id=job_id, phase=phase, detail="Pulsar sets the job up.")
         if status.state in WAITING or status.state in RUNNING:
             return await self._active(job_id, status)
         if status.state in ENDED:
