@@ -127,6 +127,8 @@ _MINIMAL = dict.fromkeys(("state", "version", "due_at", "created", "owner"), 1)
 _BASIC = _MINIMAL | dict.fromkeys(("document", "attempts", "parts"), 1)
 _REFUSED = frozenset({13, 18, 8000})
 """Codes of a server that does not let us in: no wait will change that."""
+_OTHERWISE = frozenset({85, 86})
+"""Codes for an index that is there with other keys or options."""
 
 
 def check_uri(uri: str) -> None:
@@ -295,8 +297,8 @@ class MongoStore:
         patient = self._make_client(self._uri, **{**DEFAULTS, "timeoutms": 0})
         try:
             database = self._database_of(patient)
-            await database["task"].create_indexes(list(INDEXES))
-            await database["text"].create_indexes([TEXT_INDEX])
+            for name, index in [*(("task", each) for each in INDEXES), ("text", TEXT_INDEX)]:
+                await _make_index(database[name], index)
         finally:
             if inspect.isawaitable(closing := patient.close()):
                 await closing
@@ -749,6 +751,17 @@ def _task(record: Record, long: Mapping[tuple[str, str, int], str]) -> Task:
         attempts=tuple(map(attempt_from_json, attempts)),
         document=document,
     )
+
+
+async def _make_index(collection: Any, index: IndexModel) -> None:
+    """Make it if it is not there; one that an older release made otherwise under that name gives way."""
+    try:
+        await collection.create_indexes([index])
+    except OperationFailure as error:
+        if error.code not in _OTHERWISE:
+            raise
+        await collection.drop_index(index.document["name"])
+        await collection.create_indexes([index])
 
 
 def _unavailable(error: PyMongoError) -> StoreUnavailable:

@@ -150,6 +150,21 @@ def test_indexes_are_made_and_kept(uri: str, database: Any) -> None:
     assert set(database.task.index_information()) == {"_id_", *(each.document["name"] for each in INDEXES)}
 
 
+def test_an_index_of_an_older_release_gives_way(uri: str, database: Any) -> None:
+    database.task.create_index([("colour", 1)], name="due")
+    database.task.create_index([("key", 1)], name="key")
+
+    async def go() -> None:
+        async with MongoStore(uri) as store:
+            await store.add(make_task())
+            assert len(await store.take_due(queued=True, now=NOW, lease=1, limit=5)) == 1
+
+    run(go())
+    found = database.task.index_information()
+    assert [name for name, _ in found["due"]["key"]] == ["queued", "due_at", "_id"]
+    assert found["key"]["unique"]
+
+
 def test_a_store_of_a_newer_release_is_refused(uri: str, database: Any) -> None:
     async def go() -> None:
         async with MongoStore(uri):

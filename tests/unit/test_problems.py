@@ -113,11 +113,12 @@ def test_before_any_handler(method: str, path: str, status: int, message: str) -
 
 
 def test_every_error_that_reaches_the_api_has_a_status() -> None:
-    """The others belong to the start, the planner or the sites, and end in a task's logs."""
-    elsewhere = {"TespError", "SettingsError", "PlanError", "SiteError", "SiteUnavailable", "SiteRefused"}
+    """The others belong to the start, the dispatcher, the planner or the sites, and end in a task's logs."""
+    elsewhere = {"TespError", "SettingsError", "PlanError", "RightLost", "SiteError", "SiteUnavailable", "SiteRefused"}
     named = {
         name
         for name, value in vars(errors).items()
         if isinstance(value, type) and issubclass(value, errors.TespError) and name not in elsewhere
     }
-    assert named <= {kind.__name__ for kind in problems.STATUS}
+    assert named - {"StoreUnusable"} <= {kind.__name__ for kind in problems.STATUS}
+    assert issubclass(errors.StoreUnusable, errors.StoreUnavailable), "so it has the status of that"
