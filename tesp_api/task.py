@@ -6,6 +6,7 @@ nested TES models are not repeated here: TES is a published language and its mod
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 import time
@@ -160,6 +161,8 @@ READ_ONLY = {"id", "state", "logs", "creation_time"}
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _last_id = 0
 _id_lock = threading.Lock()
+_bits: list[int] = []
+_bits_of = 0  # the process that drew them: a fork must not use them as well
 
 
 def new_id(now: float) -> str:
@@ -169,11 +172,21 @@ def new_id(now: float) -> str:
     """
     global _last_id
     with _id_lock:
-        number = (int(now * 1000) << 80) | secrets.randbits(80)
+        number = (int(now * 1000) << 80) | _random_bits()
         if number <= _last_id:  # the same millisecond, or the clock went back
             number = _last_id + 1 + secrets.randbits(40)
         _last_id = number
     return "".join(_ALPHABET[(number >> shift) & 31] for shift in range(125, -5, -5))
+
+
+def _random_bits() -> int:
+    """80 random bits, drawn in stock: each draw lets go of the interpreter, which then has to be waited for."""
+    global _bits_of
+    if not _bits or _bits_of != os.getpid():
+        stock = secrets.token_bytes(10 * 256)
+        _bits[:] = [int.from_bytes(stock[at : at + 10]) for at in range(0, len(stock), 10)]
+        _bits_of = os.getpid()
+    return _bits.pop()
 
 
 def job_id(task_id: str, number: int) -> str:
