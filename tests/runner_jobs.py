@@ -54,6 +54,11 @@ class Job:
         self.process: subprocess.Popen[bytes] | None = None
         self.said = b""
 
+    @property
+    def mark(self) -> dict[str, str]:
+        """A variable that only the processes of this job have, the reaper among them."""
+        return {"TES_TEST_JOB": self.id}
+
     def start(self, command: str = "", env: dict[str, str] | None = None) -> Job:
         """Start the runner, as Pulsar would."""
         line = (command or bundle.command(BUNDLE.sha256)).split()
@@ -63,7 +68,7 @@ class Job:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={name: os.environ[name] for name in PASSED_ON if name in os.environ} | (env or {}),
+            env={name: os.environ[name] for name in PASSED_ON if name in os.environ} | self.mark | (env or {}),
         )
         return self
 

@@ -620,10 +620,10 @@ def test_the_result_comes_before_done_and_both_are_ascii(make: Make) -> None:
 def reapers(made: Job) -> list[int]:
     """The processes of a job's runner that are still there, the reaper among them."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    ((name, value),) = made.mark.items()
+    for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            places = ("/", str(made.root / "working"))
-            mine = BUNDLE.sha256.encode() in path.read_bytes() and str((path.parent / "cwd").readlink()) in places
+            mine = f"{name}={value}".encode() in path.read_bytes().split(b"\0")
             if mine and (path.parent / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
                 found.append(int(path.parent.name))
         except OSError:
