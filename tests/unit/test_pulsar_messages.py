@@ -56,7 +56,20 @@ def test_a_final_status() -> None:
             "realized_dynamic_file_sources": [{"path": "x"}, {"path": "result.json", "contents": "{}"}],
         }
     )
-    assert status == messages.Status("complete", 7, frozenset({"result.json"}), "{}", "why\n")
+    assert status == messages.Status("complete", 7, frozenset({"result.json"}), "{}", "why\n", left=True)
+
+
+@pytest.mark.parametrize("folder", ["metadata", "working", "outputs", "job"])
+def test_what_is_left_of_a_job(folder: str) -> None:
+    empty = {"status": "lost", **{f"{each}_directory_contents": [] for each in ("metadata", "working", "job")}}
+    for document, left in (
+        ({"status": "lost"}, False),
+        (empty, False),
+        ({**empty, f"{folder}_directory_contents": ["a"]}, True),
+    ):
+        status = messages.read_status(document)
+        assert status is not None
+        assert status.left == left
 
 
 @pytest.mark.parametrize("document", [None, [], {}, {"status": 3}, "running", 7])

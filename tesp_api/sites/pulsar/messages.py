@@ -62,7 +62,8 @@ class Status:
     """What Pulsar says of a job. `metadata` and `result` are known only once it has ended.
 
     `metadata` names the files in the metadata directory, None if Pulsar did not list them. `result` is the text of
-    result.json if it came along. `stderr` is the job's own, where Pulsar's shell and python complain.
+    result.json if it came along. `stderr` is the job's own, where Pulsar's shell and python complain. `left` says that
+    Pulsar lists something in the job's directory.
     """
 
     state: str
@@ -70,6 +71,7 @@ class Status:
     metadata: frozenset[str] | None = None
     result: str | None = None
     stderr: str = ""
+    left: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,13 @@ def read_status(document: object) -> Status | None:
         metadata=frozenset(each for each in contents if isinstance(each, str)) if isinstance(contents, list) else None,
         result=_dynamic_result(document.get("realized_dynamic_file_sources")),
         stderr=stderr if isinstance(stderr, str) else "",
+        left=any(_lists(document, folder) for folder in ("metadata", "working", "outputs", "job")),
     )
+
+
+def _lists(document: Mapping[str, Any], folder: str) -> bool:
+    contents = document.get(f"{folder}_directory_contents")
+    return isinstance(contents, list) and bool(contents)
 
 
 def read_setup(document: object) -> Setup | None:

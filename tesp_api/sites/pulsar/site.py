@@ -32,6 +32,9 @@ counts as no sign of life any more."""
 LEAVING: Final = (0.0, 0.01, 0.03, 0.06)
 """Pauses in seconds between looks at a job that is to be forgotten: the end of its process may be a moment away."""
 
+AGAIN: Final = (0.05, 0.2, 0.5, 1.0)
+"""Pauses in seconds after which it is seen whether a removed directory has stayed away."""
+
 GONE_WITHIN: Final = 2.0
 """Seconds that a killed job has to clean up before its directory is taken away."""
 
@@ -269,10 +272,21 @@ class PulsarSite:
                 if not force:
                     return False
                 await self._kill_before_clean(job_id, status)
-            await self._carrier.clean(job_id)
+                await self._clean_twice(job_id)
+            else:
+                await self._carrier.clean(job_id)
         self._pulses.pop(job_id, None)
         self._launched_with.pop(job_id, None)
         return True
+
+    async def _clean_twice(self, job_id: str) -> None:
+        """What was killed just now, and Pulsar's own thread, may still write while the directory is being removed."""
+        for pause in AGAIN:
+            await self._carrier.clean(job_id)
+            await asyncio.sleep(pause)
+            status = await self._carrier.status(job_id)
+            if status is None or not status.left:
+                return
 
     async def _until_left(self, job_id: str) -> Status | None:
         status = None
