@@ -119,26 +119,26 @@ class Listener:
     """One loop's ear on a Bell."""
 
     def __init__(self) -> None:
-        self._heard = Ring(0)
-        self._awaited = ANY
+        self._heard = 0  # as plain numbers: each create rings, and flags are slow
+        self._awaited = ANY.value
         self._event = asyncio.Event()
 
     def hear(self, what: Ring) -> None:
         """The bell rang."""
-        self._heard |= what
+        self._heard |= what.value
         if self._heard & self._awaited:
             self._event.set()
 
     async def wait(self, timeout: float, what: Ring = ANY) -> None:
         """Return after a ring for `what`, at once if it rang since the last call, or after `timeout` seconds."""
-        self._awaited = what
-        if self._heard & what:
+        self._awaited = what.value
+        if self._heard & self._awaited:
             self._event.set()
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self._event.wait()
         self._event.clear()
-        self._heard = Ring(0)
+        self._heard = 0
 
 
 class TaskStore(Protocol):
