@@ -690,7 +690,7 @@ def _oversize(task: TesTask, size: int) -> list[Detail]:
 
 def _plain(path: str) -> str:
     """A path with one spelling: no empty and `.` components, no slash at the end."""
-    if "//" not in path and "/." not in path and not path.endswith("/"):
+    if "//" not in path and "/./" not in path and not path.endswith(("/", "/.")):
         return path
     return "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
 
