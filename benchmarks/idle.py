@@ -17,8 +17,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -29,13 +28,14 @@ from tesp_api.dispatch.dispatcher import Dispatcher
 from tesp_api.dispatch.keeper import Keeper
 from tesp_api.dispatch.poller import Poller
 from tesp_api.lifecycle import Policy
-from tesp_api.runner.job import Plan, Progress
+from tesp_api.runner.job import Progress
 from tesp_api.sites import SiteFacts
 from tesp_api.store import TaskStore
 from tesp_api.store.mongo import MongoStore
 from tesp_api.store.sqlite import SqliteStore
 from tesp_api.task import Attempt, Observation, Phase, Task, job_id, new_task
 from tesp_api.tes import TesState, TesTask
+from tests.doubles import SiteDouble
 from tests.mongod import ReplicaSet
 
 SPEC = TesTask.model_validate(
@@ -49,17 +49,14 @@ SPEC = TesTask.model_validate(
 )
 
 
-class Simulated:
+class Simulated(SiteDouble):
     """A site whose jobs run for ever."""
 
-    facts = SiteFacts(name="simulated", max_jobs=100_000)
-
     def __init__(self, tasks: int) -> None:
+        super().__init__(SiteFacts(name="simulated", max_jobs=100_000))
         self.looks = 0
         self._tasks = tasks
         self.all_seen = asyncio.Event()
-
-    async def submit(self, plan: Plan) -> None: ...
 
     async def observe(self, job_ids: Sequence[str]) -> Sequence[Observation]:
         await asyncio.sleep(0.001)
@@ -75,18 +72,6 @@ class Simulated:
     async def updates(self) -> AsyncIterator[Observation]:
         await asyncio.Event().wait()
         yield Observation(job_id="", phase=Phase.UNKNOWN)
-
-    async def cancel(self, job_id: str, *, force: bool = False) -> None: ...
-
-    async def forget(self, job_id: str, *, force: bool = False) -> bool:
-        return True
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 def running(now: float) -> Task:

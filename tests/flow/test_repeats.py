@@ -340,56 +340,56 @@ def test_what_is_remembered_is_bounded() -> None:
     run(flow())
 
 
+@asynccontextmanager
+async def a_sender_has_left() -> AsyncIterator[tuple[Troubled, FastAPI, Gate, Sender]]:
+    """Store, application, the gate that the writes wait at, and a sender whose create waits there, and who has gone."""
+    async with Troubled() as store:
+        creates = Creates(store, WATCHFUL)
+        async with creates.noting():
+            app = app_on(store, creates)
+            store.before = gate = Gate()
+            first = Sender(app)
+            await gate.reached.wait()
+            first.leave()
+            yield store, app, gate, first
+
+
 def test_a_sender_that_left_is_answered_when_it_comes_again() -> None:
     async def flow() -> None:
-        async with Troubled() as store:
-            creates = Creates(store, WATCHFUL)
-            async with creates.noting():
-                app = app_on(store, creates)
-                store.before = gate = Gate()
-                first = Sender(app)
-                await gate.reached.wait()
-                first.leave()
-                gate.open.set()
-                await first.work
-                assert await marked(store)
-                second, third = Sender(app), Sender(app)
-                await asyncio.gather(second.work, third.work)
-                assert second.task_id == first.task_id
-                assert third.task_id != first.task_id
-                await unmarked(store)
-                fourth = Sender(app)
-                await fourth.work
-                assert await stored(store) == {each.task_id for each in (second, third, fourth)}
+        async with a_sender_has_left() as (store, app, gate, first):
+            gate.open.set()
+            await first.work
+            assert await marked(store)
+            second, third = Sender(app), Sender(app)
+            await asyncio.gather(second.work, third.work)
+            assert second.task_id == first.task_id
+            assert third.task_id != first.task_id
+            await unmarked(store)
+            fourth = Sender(app)
+            await fourth.work
+            assert await stored(store) == {each.task_id for each in (second, third, fourth)}
 
     run(flow())
 
 
 def test_a_repeat_waits_for_a_create_under_way() -> None:
     async def flow() -> None:
-        async with Troubled() as store:
-            creates = Creates(store, WATCHFUL)
-            async with creates.noting():
-                app = app_on(store, creates)
-                store.before = gate = Gate()
-                first = Sender(app)
-                await gate.reached.wait()
-                first.leave()
-                second = Sender(app)
-                stays = Sender(app)  # an equal one of somebody else
-                async with asyncio.timeout(10):
-                    while store.adds < 2:
-                        await asyncio.sleep(0.01)
-                second.leave()
-                third = Sender(app)
-                await asyncio.sleep(0)
-                gate.open.set()
-                await asyncio.gather(*(each.work for each in (first, second, third, stays)))
-                assert first.task_id == second.task_id == third.task_id
-                assert stays.task_id != first.task_id
-                assert store.adds == 2
-                assert await stored(store) == {first.task_id, stays.task_id}
-                await unmarked(store)
+        async with a_sender_has_left() as (store, app, gate, first):
+            second = Sender(app)
+            stays = Sender(app)  # an equal one of somebody else
+            async with asyncio.timeout(10):
+                while store.adds < 2:
+                    await asyncio.sleep(0.01)
+            second.leave()
+            third = Sender(app)
+            await asyncio.sleep(0)
+            gate.open.set()
+            await asyncio.gather(*(each.work for each in (first, second, third, stays)))
+            assert first.task_id == second.task_id == third.task_id
+            assert stays.task_id != first.task_id
+            assert store.adds == 2
+            assert await stored(store) == {first.task_id, stays.task_id}
+            await unmarked(store)
 
     run(flow())
 

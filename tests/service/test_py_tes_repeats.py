@@ -127,15 +127,20 @@ def locked(directory: Path) -> Iterator[Callable[[], None]]:
         lock.close()
 
 
+def freed_at_the_second_try(service: Service, free: Callable[[], object]) -> Plan:
+    """Passes everything on; the store goes on only after the client has come a second time."""
+
+    def plan(number: int, upstream: Upstream) -> tuple[int, bytes]:
+        if number == 2:
+            threading.Timer(1.0, free).start()
+        return upstream.answer(service)
+
+    return plan
+
+
 def test_a_create_that_takes_longer_than_py_tes_waits(tmp_path: Path) -> None:
     with services(tmp_path, 1) as (service,), locked(tmp_path) as unlock:
-
-        def plan(number: int, upstream: Upstream) -> tuple[int, bytes]:
-            if number == 2:
-                threading.Timer(1.0, unlock).start()
-            return upstream.answer(service)
-
-        with Proxy(plan) as proxy:
+        with Proxy(freed_at_the_second_try(service, unlock)) as proxy:
             task_id = create(proxy.url)
             assert proxy.creates == 2
         assert set(service.states()) == {task_id}
@@ -157,13 +162,7 @@ def test_a_store_that_stands_still(tmp_path: Path) -> None:
     ):
         warm = create(str(service.http.base_url))
         server.pause()
-
-        def plan(number: int, upstream: Upstream) -> tuple[int, bytes]:
-            if number == 2:
-                threading.Timer(1.0, server.resume).start()
-            return upstream.answer(service)
-
-        with Proxy(plan) as proxy:
+        with Proxy(freed_at_the_second_try(service, server.resume)) as proxy:
             task_id = create(proxy.url)
             assert proxy.creates == 2
         assert set(service.states()) == {warm, task_id}
