@@ -72,7 +72,14 @@ class SiteError(TespError):
 
 
 class SiteUnavailable(SiteError):
-    """The site gave no usable answer; whether it acted is unknown, so the call may be repeated."""
+    """The site gave no usable answer; whether it acted is unknown, so the call may be repeated.
+
+    `unsent`: the site has surely not heard of the call.
+    """
+
+    def __init__(self, message: str, *, unsent: bool = False) -> None:
+        super().__init__(message)
+        self.unsent = unsent
 
 
 class SiteRefused(SiteError):

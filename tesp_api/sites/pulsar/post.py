@@ -1,0 +1,39 @@
+"""The seam between Pulsar's messages and what carries them: a broker, or the relay that our own server is.
+
+Pulsar has four boxes for us: three that it reads (`setup`, `kill`, `status`) and one that it writes (`status_update`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from types import TracebackType
+from typing import Final, Protocol, Self
+
+SETUP: Final = "setup"
+KILL: Final = "kill"
+STATUS: Final = "status"
+
+
+class Post(Protocol):
+    """Letters to and from one Pulsar manager. An async context; errors are SiteUnavailable and SiteRefused.
+
+    `where` names the other side in error messages, without secrets.
+    """
+
+    where: str
+
+    async def send(self, box: str, letter: Mapping[str, object]) -> None:
+        """Put a JSON object into a box of Pulsar's; once this returns, it is kept until Pulsar takes it.
+
+        SiteUnavailable: it may or may not be kept; `unsent` says that it surely is not.
+        """
+
+    def letters(self) -> AsyncIterator[object]:
+        """JSON documents that Pulsar writes, for ever; each at least once. One is given back to nobody as soon as the
+        next is asked for: until then it survives a crash of ours."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
