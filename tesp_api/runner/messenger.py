@@ -1,4 +1,4 @@
-"""A small Pulsar job that acts on the directories of other jobs in the same staging area, where Pulsar has no call for it.
+"""A small Pulsar job that acts on the directories of other jobs of the same Pulsar, where that has no call for it.
 
 It is sent alone, not in the zipapp, and lies in its own job's inputs directory next to its orders::
 

@@ -1,6 +1,6 @@
 """The mail carrier: a Pulsar that is reached by letters only, whatever carries them (see Post).
 
-A question of ours is a letter, and its answer comes as a letter like all others: it names the job, but not the question.
+A question of ours is a letter, and so is its answer: like all letters of Pulsar's it names the job, not the question.
 Files are read, written and removed by errands, a Pulsar job each; what is asked for at the same time shares one.
 """
 
@@ -144,7 +144,9 @@ class MailCarrier:
         async for letter in self._post.letters():
             heard = _read(letter)
             if heard is None:
-                log.warning("%s: a message that is no status of a job was dropped: %s", self._post.where, _words(letter))
+                log.warning(
+                    "%s: a message that is no status of a job was dropped: %s", self._post.where, _words(letter)
+                )
                 continue
             job_id, status = heard
             if wakes:
@@ -177,7 +179,8 @@ class MailCarrier:
     # Questions
 
     async def _ask(self, job_id: str) -> Status:
-        answer = self._awaited[job_id] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
+        self._awaited[job_id] = answer
         try:
             async with asyncio.timeout(self._timeout):
                 await self._post.send(STATUS, {"job_id": job_id, "request": "status"})
@@ -281,7 +284,9 @@ class MailCarrier:
         if status.returncode == EXIT_NO_PYTHON:
             return SiteUnavailable(f"{where} has no python3 on the PATH of its jobs, and the runner needs one.")
         said = f": {words}" if (words := documents.words(status.stderr, 120)) else "."
-        return SiteUnavailable(f"{where} ended a small job of ours without an answer (exit code {status.returncode}){said}")
+        return SiteUnavailable(
+            f"{where} ended a small job of ours without an answer (exit code {status.returncode}){said}"
+        )
 
     # Tasks
 
