@@ -36,7 +36,7 @@ def new_plan(*command: str, wishes: str = "task", job_id: str = "", inputs: Sequ
     )
 
 
-async def until(look: Callable[[], Awaitable[T | None]], what: str, *, within: float = 20.0) -> T:
+async def until(look: Callable[[], Awaitable[T | None]], what: str, *, within: float = 60.0) -> T:
     """Look again and again until there is something; fails after a while."""
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
@@ -46,7 +46,7 @@ async def until(look: Callable[[], Awaitable[T | None]], what: str, *, within: f
     raise AssertionError(f"waited {within:.0f} s for: {what}")
 
 
-async def phase(site: Site, job_id: str, *wanted: Phase, within: float = 20.0) -> Observation:
+async def phase(site: Site, job_id: str, *wanted: Phase, within: float = 60.0) -> Observation:
     """The first observation of the job in one of these phases."""
 
     async def look() -> Observation | None:
@@ -66,7 +66,7 @@ async def running(site: Site, job_id: str) -> Observation:
     return await until(look, f"{job_id} running")
 
 
-async def ended(site: Site, job_id: str, *, within: float = 20.0) -> Observation:
+async def ended(site: Site, job_id: str, *, within: float = 60.0) -> Observation:
     """The job with its result."""
 
     async def look() -> Observation | None:

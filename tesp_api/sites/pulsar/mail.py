@@ -10,7 +10,8 @@ import asyncio
 import logging
 import reprlib
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -31,6 +32,12 @@ T = TypeVar("T")
 ASK_AFTER: Final = (0.1, 0.2, 0.4, 0.8, 1.5, 3.0)
 """Pauses in seconds after which an errand is asked for, the last one again and again: a question moves Pulsar on, and
 the message of the end may be lost."""
+
+SLOW: Final = 2.0
+"""Seconds after which it is found out whether Pulsar has passed over a question."""
+
+PASSED_OVER: Final = 1.0
+"""Seconds by which an answer may come after that to a later question."""
 
 SPENT: Final = 1000
 """Errands whose directories are still to be removed, at most; the oldest are forgotten first."""
@@ -57,7 +64,7 @@ class MailCarrier:
         self._post = post
         self._timeout = timeout
         self._awaited: dict[str, asyncio.Future[Status]] = {}  # job id -> the next thing that Pulsar says of it
-        self._questions: dict[str, asyncio.Task[Status]] = {}
+        self._questions: dict[str, asyncio.Task[Status | None]] = {}
         self._errands: dict[str, asyncio.Future[Status]] = {}
         self._spent: deque[str] = deque(maxlen=SPENT)
         self._wishes: dict[Request, _Wish] = {}
@@ -178,17 +185,34 @@ class MailCarrier:
 
     # Questions
 
-    async def _ask(self, job_id: str) -> Status:
+    async def _ask(self, job_id: str) -> Status | None:
+        """The answer; None if Pulsar answers a later question, but not this one. It takes them in their order, and
+        passes over those that it fails at."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                with self._awaiting(job_id) as answer:
+                    await self._send_question(job_id)
+                    if await _is_there(answer, SLOW):
+                        return answer.result()
+                    nobody = errand.new_id()
+                    with self._awaiting(nobody) as later:
+                        await self._send_question(nobody)
+                        await asyncio.wait((answer, later), return_when=asyncio.FIRST_COMPLETED)
+                    return answer.result() if await _is_there(answer, PASSED_OVER) else None
+        except TimeoutError:
+            raise SiteUnavailable(f"{self._post.where} did not answer in time; does Pulsar run there?") from None
+
+    async def _send_question(self, job_id: str) -> None:
+        await self._post.send(STATUS, {"job_id": job_id, "request": "status"})
+
+    @contextmanager
+    def _awaiting(self, job_id: str) -> Iterator[asyncio.Future[Status]]:
         answer: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
         self._awaited[job_id] = answer
         try:
-            async with asyncio.timeout(self._timeout):
-                await self._post.send(STATUS, {"job_id": job_id, "request": "status"})
-                return await answer
-        except TimeoutError:
-            raise SiteUnavailable(f"{self._post.where} did not answer in time; does Pulsar run there?") from None
+            yield answer
         finally:
-            self._awaited.pop(job_id, None)
+            del self._awaited[job_id]
 
     # Errands
 
@@ -273,7 +297,7 @@ class MailCarrier:
         while True:
             await asyncio.sleep(next(pauses, ASK_AFTER[-1]))
             try:
-                await self._post.send(STATUS, {"job_id": errand_id, "request": "status"})
+                await self._send_question(errand_id)
             except SiteError as error:
                 log.debug("%s", error)  # whoever waits for the errand is told by its timeout
 
@@ -309,6 +333,11 @@ class MailCarrier:
             if shared.cancelled():
                 raise SiteUnavailable(f"{self._post.where} is not in use any more.") from None
             raise
+
+
+async def _is_there(answer: asyncio.Future[Status], within: float) -> bool:
+    await asyncio.wait((answer,), timeout=within)
+    return answer.done()
 
 
 def _read(letter: object) -> tuple[str, Status] | None:

@@ -141,9 +141,9 @@ class PulsarSite:
             if status is None or status.state not in (LOST, "preprocessing"):
                 return
             self._launched_with[plan.job_id] = self._deliveries
+            await self._carrier.launch(launch)
             if self._carrier.by_mail and status.state == LOST:
                 self._on_the_way.add(plan.job_id)
-            await self._carrier.launch(launch)
 
     async def _deliver(self) -> None:
         """One delivery for all who need it; one who gives up waiting does not break it off."""
@@ -240,10 +240,10 @@ class PulsarSite:
         if result is not None:
             return self._end(Observation(job_id=job_id, phase=Phase.ENDED, result=result, exit_code=code))
         progress = await self._progress(job_id) if _listed(status, PROGRESS) else None
-        if code == job.EXIT_DUPLICATE:
+        if code == job.EXIT_DUPLICATE and not (self._carrier.by_mail and _is_fresh(progress)):
             # The second of two launches stood back; Pulsar takes its end for the end of both.
             return Observation(job_id=job_id, phase=Phase.RUNNING, progress=progress, exit_code=code)
-        believed = documents.exit_code(code, progress)
+        believed = documents.exit_code(code if code != job.EXIT_DUPLICATE else None, progress)
         if not documents.begun(progress) and believed in (1, job.EXIT_NO_RUNNER, job.EXIT_DAMAGED_RUNNER):
             self._suspect_runner(job_id)
         return Observation(
@@ -356,8 +356,8 @@ class PulsarSite:
             status = await self._status(job_id)
             if status is not None and status.state in ENDED:
                 return
-            if status is not None and status.state == LOST and not self._carrier.by_mail:
-                return  # by mail its launch may yet come
+            if status is not None and status.state == LOST and not await self._may_run(job_id, status):
+                return
             done, told = await asyncio.gather(
                 self._is_done(job_id, status) if force else _no(), self._stop(job_id), return_exceptions=True
             )
@@ -366,6 +366,18 @@ class PulsarSite:
                 await self._carrier.kill(job_id)  # by mail in any case: the node may be too full for an errand
             if wrong:
                 raise wrong[0]
+
+    async def _may_run(self, job_id: str, status: Status) -> bool:
+        """Whether a job that Pulsar does not know may run all the same: it is on the way, or outlived Pulsar's death.
+
+        What an earlier process launched may be on the way, too; after a clean it runs nothing.
+        """
+        if not self._carrier.by_mail:
+            return False
+        if status.left or job_id in self._on_the_way:
+            return True
+        await self._carrier.clean(job_id)
+        return False
 
     async def _stop(self, job_id: str) -> None:
         await self._carrier.put(job_id, ANSWER, JOBDIR, documents.dump(job.Answer(cancel=True)))
@@ -460,6 +472,11 @@ def _told(job_id: str, status: Status) -> Observation | None:
         return None
     code = status.returncode if status.state == "complete" else None
     return Observation(job_id=job_id, phase=Phase.ENDED, result=result, exit_code=code)
+
+
+def _is_fresh(progress: job.Progress | None) -> bool:
+    """Whether no runner has touched the job's directory: a late launch of a job that was removed before it came."""
+    return progress is not None and progress.phase == "waiting"
 
 
 def _is_active(status: Status | None) -> bool:
