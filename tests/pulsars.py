@@ -157,6 +157,52 @@ class PulsarServer:
         return (self.directory / "log").read_text("utf-8", "replace")
 
 
+DOCKER = Path(__file__).parent.parent / "docker" / "pulsar"
+
+
+class PulsarMain:
+    """A `pulsar-main`, which listens on no port but takes its jobs elsewhere; it can be killed and started again.
+
+    `config` is one of the app.yml in docker/pulsar, with what stands for its `@NAMES@`.
+    """
+
+    def __init__(self, directory: Path, config: str, **names: str) -> None:
+        self.directory, self.staging = directory, directory / "staging"
+        self.process: subprocess.Popen[bytes] | None = None
+        directory.mkdir(parents=True, exist_ok=True)
+        text = (DOCKER / config).read_text()
+        for name, value in {"STAGING": str(directory), **names}.items():
+            text = text.replace(f"@{name}@", value)
+        (directory / "app.yml").write_text(text)
+
+    def start(self) -> None:
+        """Start it; nobody can tell when it is ready but by its answers."""
+        environment = {"HOME": str(self.directory), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "pulsar.main", "-c", str(self.directory)),
+                    *("--app_conf_path", str(self.directory / "app.yml")),
+                ],
+                cwd=self.directory,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def kill(self) -> None:
+        """kill -9 it, but not its jobs."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def log(self) -> str:
+        """What it has written."""
+        return (self.directory / "log").read_text("utf-8", "replace")
+
+
 class Cutter:
     """A TCP proxy in front of a server that can swallow answers: the request arrives, the connection is cut."""
 

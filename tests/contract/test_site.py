@@ -16,12 +16,15 @@ import pytest
 from tesp_api.runner.job import EXIT_BAD_PLAN, Input
 from tesp_api.sites import Site, SiteFacts
 from tesp_api.sites.local import LocalSite
+from tesp_api.sites.pulsar.amqp import AmqpPost
 from tesp_api.sites.pulsar.embedded import EmbeddedPulsar, EmbeddedSite
+from tesp_api.sites.pulsar.mail import MailCarrier
 from tesp_api.sites.pulsar.rest import RestCarrier
 from tesp_api.sites.pulsar.site import PulsarSite
 from tesp_api.task import Phase
 from tests import standin
-from tests.pulsars import PulsarServer, ended, exists, forgotten, new_plan, phase, running, until
+from tests.pulsars import PulsarMain, PulsarServer, ended, exists, forgotten, new_plan, phase, running, until
+from tests.rabbitmq import Broker, need_rabbitmq
 from tests.support import require
 
 FACTS = SiteFacts(name="here")
@@ -41,6 +44,21 @@ def pulsar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PulsarServer]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def behind_a_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Broker, PulsarMain]]:
+    need_rabbitmq()
+    require(importlib.util.find_spec("pulsar"), "pulsar-app is not installed")
+    broker = Broker(tmp_path_factory.mktemp("broker"))
+    pulsar = PulsarMain(tmp_path_factory.mktemp("pulsar-main"), "amqp/app.yml", AMQP_URL=f"{broker.url}/")
+    try:
+        broker.start()
+        pulsar.start()
+        yield broker, pulsar
+    finally:
+        pulsar.kill()
+        broker.remove()
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +82,7 @@ def embedded_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     params=[
         "local",
         pytest.param("rest", marks=pytest.mark.service),
+        pytest.param("amqp", marks=pytest.mark.service),
         pytest.param("embedded", marks=pytest.mark.service),
     ]
 )
@@ -75,6 +94,13 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
         server: PulsarServer = request.getfixturevalue("pulsar")
         carrier: Callable[[], Any] = lambda: RestCarrier(server.url, private_token=server.token)  # noqa: E731
         return Place(lambda: PulsarSite(FACTS, carrier(), runner), server.staging)
+    if request.param == "amqp":
+        broker, pulsar = request.getfixturevalue("behind_a_broker")
+
+        def behind() -> Site:
+            return PulsarSite(FACTS, MailCarrier(AmqpPost(broker.url), timeout=60, file_pause=0.5), runner)
+
+        return Place(behind, pulsar.staging)
     directory: Path = request.getfixturevalue("embedded_directory")
     return Place(lambda: EmbeddedSite(FACTS, directory, runner), directory / "staging")
 
