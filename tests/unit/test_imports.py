@@ -71,6 +71,7 @@ PROTOCOLS = {
     "tesp_api.store.mailbox",
     "tesp_api.sites",
     "tesp_api.runner.job",
+    "tesp_api.relay",
     "tesp_api",
 }
 
