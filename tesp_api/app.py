@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 
 from tesp_api import __version__
 from tesp_api.api import PREFIXES, Api, ServiceDescription, problems, router
+from tesp_api.api import relay as relay_api
 from tesp_api.api.openapi import add_docs, openapi
 from tesp_api.api.origins import ForeignPages
 from tesp_api.api.repeats import Creates
@@ -29,6 +30,7 @@ from tesp_api.dispatch.news import SiteNews
 from tesp_api.dispatch.poller import Poller
 from tesp_api.errors import SettingsError, StoreUnavailable, TespError
 from tesp_api.lifecycle import Policy
+from tesp_api.relay import Manager
 from tesp_api.runner.bundle import build
 from tesp_api.runner.job import FileRoot, Runtime
 from tesp_api.settings import Settings, SiteKeys, SiteSettings
@@ -41,6 +43,7 @@ from tesp_api.sites.pulsar.rest import RestCarrier
 from tesp_api.sites.pulsar.site import PulsarSite
 from tesp_api.store import TaskStore
 from tesp_api.store.copy import copy
+from tesp_api.store.mailbox import Mailbox
 from tesp_api.store.mongo import MongoStore
 from tesp_api.store.sqlite import SqliteStore
 
@@ -61,6 +64,7 @@ class Service:
     """The parts of one service; without the role `dispatch` it has neither sites nor loops."""
 
     store: TaskStore
+    mailbox: Mailbox
     sites: Mapping[str, Site]
     dispatcher: Dispatcher
     poller: Poller
@@ -180,15 +184,32 @@ def _add_api(app: FastAPI, service: Service, creates: Creates, settings: Setting
     )
     for prefix in PREFIXES:
         app.include_router(api, prefix=prefix)
+    _add_relay(app, service.mailbox, settings)
     add_docs(app)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
+
+
+def _add_relay(app: FastAPI, mailbox: Mailbox, settings: Settings) -> None:
+    """The calls of Pulsars that log in here, if there are to be such."""
+    managers: dict[tuple[str, str], list[Manager]] = {}
+    for keys in _all_site_settings(settings):
+        if keys.carrier == "relay":
+            managers.setdefault((keys.relay_account, keys.relay_password), []).append(_manager(keys))
+    if managers:
+        accounts = [relay_api.Account(user, password, each) for (user, password), each in managers.items()]
+        max_body = int(settings.server.max_body_mb * (1 << 20))
+        relay_api.Relay(mailbox, accounts, max_body=max_body).add_to(app.router)
+
+
+def _manager(keys: SiteSettings) -> Manager:
+    return Manager(keys.name, keys.relay_topic_prefix, keys.manager)
 
 
 def build_service(settings: Settings) -> Service:
     """The parts of the service, not yet opened."""
     store = _store(settings)
     dispatches = "dispatch" in settings.server.roles
-    sites = {site.facts.name: site for site in _sites(settings)} if dispatches else {}
+    sites = {site.facts.name: site for site in _sites(settings, store.mail)} if dispatches else {}
     policies = {
         name: Policy(
             lease=settings.dispatch.lease,
@@ -205,10 +226,10 @@ def build_service(settings: Settings) -> Service:
     dispatcher = Dispatcher(store, sites, policies, store.clock, news, settings.dispatch.take_over)
     poller = Poller(store, sites, policies, dispatcher.submit, store.clock, news)
     keeper = Keeper(store, settings.retention.days, _owned(settings) if dispatches else {})
-    return Service(store, sites, dispatcher, poller, keeper, dispatches)
+    return Service(store, store.mail, sites, dispatcher, poller, keeper, dispatches)
 
 
-def _store(settings: Settings) -> TaskStore:
+def _store(settings: Settings) -> SqliteStore | MongoStore:
     if settings.db.mongodb_uri:
         return MongoStore(settings.db.mongodb_uri)
     return SqliteStore(settings.server.data_dir.absolute() / SQLITE_FILE)
@@ -305,11 +326,11 @@ def _keys(keys: SiteKeys) -> dict[str, Any]:
     return keys.model_dump()
 
 
-def _sites(settings: Settings) -> list[Site]:
-    return [_site(settings, keys) for keys in _all_site_settings(settings)]
+def _sites(settings: Settings, mailbox: Mailbox) -> list[Site]:
+    return [_site(settings, mailbox, keys) for keys in _all_site_settings(settings)]
 
 
-def _site(settings: Settings, keys: SiteSettings) -> Site:
+def _site(settings: Settings, mailbox: Mailbox, keys: SiteSettings) -> Site:
     bundle = build()
     facts = _facts(settings, keys)
     if keys.carrier in ("embedded", "local"):

@@ -7,6 +7,7 @@ TespError
 ├── PlanError             the task cannot be carried out at this site; never retried
 ├── StoreUnavailable      the store does not answer (HTTP 503), try again
 │   └── StoreUnusable         and will not, however long one waits: the operator must change something
+├── MailboxFull           too many letters wait in a box; nothing was changed
 ├── RightLost             another process decides this now; nothing was changed
 └── SiteError             what went wrong between us and a site
     ├── SiteUnavailable   no usable answer: it may or may not have heard us; try again
@@ -61,6 +62,10 @@ class StoreUnavailable(TespError):
 
 class StoreUnusable(StoreUnavailable):
     """The store does not let us in, or was written by a newer release; waiting does not help."""
+
+
+class MailboxFull(TespError):
+    """A box of letters holds as much as it may; the letter was not taken."""
 
 
 class RightLost(TespError):

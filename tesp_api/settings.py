@@ -199,7 +199,15 @@ class SiteSettings(Pulsar):
     """One of several sites."""
 
     name: str = Field(pattern="^[A-Za-z0-9_.-]{1,64}$")
-    carrier: Literal["rest", "amqp", "embedded", "local"]
+    carrier: Literal["rest", "amqp", "relay", "embedded", "local"]
+    relay_user: str = ""
+    relay_password: str = Field(default="", repr=False)
+    relay_topic_prefix: str = Field(default="", pattern="^[A-Za-z0-9_-]{0,64}$")
+
+    @property
+    def relay_account(self) -> str:
+        """Whom the site's Pulsar logs in as."""
+        return self.relay_user or self.name
 
 
 class Container(Section):
@@ -283,6 +291,7 @@ class Settings(Section):
                 raise ValueError(f"sites.{index}.url: the carrier rest needs the address of its Pulsar")
             if site.carrier == "amqp" and not site.amqp_url:
                 raise ValueError(f"sites.{index}.amqp_url: the carrier amqp needs the address of its broker")
+        self._check_relays()
         return self
 
     @model_validator(mode="after")
@@ -298,6 +307,22 @@ class Settings(Section):
                 f"dispatch.lease: a site behind a broker needs {SHORTEST_LEASE_BY_MAIL:.0f} seconds or more"
             )
         return self
+
+    def _check_relays(self) -> None:
+        """A Pulsar has one login for all its managers, so sites may share an account, but never a topic in it."""
+        passwords: dict[str, str] = {}
+        topics = set()
+        for index, site in enumerate(self.sites):
+            if site.carrier != "relay":
+                continue
+            if not site.relay_password:
+                raise ValueError(f"sites.{index}.relay_password: the carrier relay needs what its Pulsar logs in with")
+            if passwords.setdefault(site.relay_account, site.relay_password) != site.relay_password:
+                raise ValueError(f"sites.{index}.relay_password: another site has the same user, and another password")
+            topic = (site.relay_account, site.relay_topic_prefix, site.manager or "_default_")
+            if topic in topics:
+                raise ValueError(f"sites.{index}.manager: another site has the same user, prefix and manager")
+            topics.add(topic)
 
     @model_validator(mode="after")
     def _only_what_works(self) -> Self:

@@ -1,8 +1,8 @@
 """The shared store: MongoDB 5 or newer, for any number of service processes on any number of machines.
 
-Three collections. `task` has one small record for each task. `text` has what is long (input contents, streams, system
+Five collections. `task` has one small record for each task. `text` has what is long (input contents, streams, system
 lines, and documents or logs beyond INLINE), in pieces that are far below MongoDB's 16 MB. `right` has what `hold`
-gives.
+gives. `box` and `letter` belong to the mailbox.
 
 MongoDB changes one record at a time, and a plain server has no transactions. So a change that brings texts writes
 these first, as a *part* under a name of its own; the one conditional update of the record then adds that name to
@@ -40,7 +40,7 @@ from pymongo.errors import (
 from pymongo.read_concern import ReadConcern
 from pymongo.uri_parser import parse_uri
 
-from tesp_api.errors import RightLost, SettingsError, StoreUnavailable, StoreUnusable
+from tesp_api.errors import MailboxFull, RightLost, SettingsError, StoreUnavailable, StoreUnusable
 from tesp_api.lifecycle import KEEP, Change
 from tesp_api.store import FEW, HEADS, SAMPLE, STALE, Bell, Load, Once, Page, Query, Repeat, Ring, beyond, ring_for
 from tesp_api.store.codec import (
@@ -52,6 +52,15 @@ from tesp_api.store.codec import (
     content_rows,
     ended_at,
     stream_rows,
+)
+from tesp_api.store.mailbox import (
+    BOX_BYTES,
+    BOX_LETTERS,
+    LETTER_BYTES,
+    READ_LETTERS,
+    Doorbell,
+    Letter,
+    last_of_read,
 )
 from tesp_api.task import ACTIVE, FINAL, Attempt, Bodies, Task
 from tesp_api.tes import TesState, TesView
@@ -123,6 +132,8 @@ INDEXES: Final = (
 
 TEXT_INDEX: Final = IndexModel([("task", ASCENDING), ("_id", ASCENDING)], name="task")
 
+LETTER_INDEX: Final = IndexModel([("written", ASCENDING)], name="written")
+
 _MINIMAL = dict.fromkeys(("state", "version", "due_at", "created", "owner"), 1)
 _BASIC = _MINIMAL | dict.fromkeys(("document", "attempts", "parts"), 1)
 _REFUSED = frozenset({13, 18, 8000})
@@ -143,7 +154,10 @@ def check_uri(uri: str) -> None:
 
 
 class MongoStore:
-    """The TaskStore on MongoDB. `uri` as in the MongoDB manual: users, TLS and replica sets are named there."""
+    """The TaskStore on MongoDB. `uri` as in the MongoDB manual: users, TLS and replica sets are named there.
+
+    `mail` keeps letters in the same database.
+    """
 
     def __init__(self, uri: str, *, client: Callable[..., Any] = AsyncIOMotorClient) -> None:
         check_uri(uri)
@@ -157,6 +171,7 @@ class MongoStore:
         self._prepared = False
         self._preparing: asyncio.Task[None] | None = None
         self._open: set[asyncio.Task[Any]] = set()
+        self.mail = MongoMailbox(self)
 
     async def __aenter__(self) -> Self:
         options = {name: value for name, value in DEFAULTS.items() if name not in self._uri.lower()}
@@ -187,31 +202,31 @@ class MongoStore:
         return time.time() + self._ahead
 
     async def add(self, task: Task, once: Once | None = None) -> Repeat | None:
-        repeat = await self._call(lambda: self._add(task, once))
+        repeat = await self.call(lambda: self._add(task, once))
         if repeat is None:
             self.bell.ring(Ring.QUEUED)
         return repeat
 
     async def answered(self, sender: str, creates: Mapping[str, str]) -> None:
         ids = list(creates)
-        await self._call(
+        await self.call(
             lambda: self._tasks.update_many({"_id": {"$in": ids}}, {"$unset": {"unanswered": 1, "sender": 1}})
         )
 
     async def get(self, task_id: str, view: TesView = TesView.MINIMAL, *, owner: str | None = None) -> Task | None:
-        return await self._call(lambda: self._get(task_id, view, owner))
+        return await self.call(lambda: self._get(task_id, view, owner))
 
     async def page(self, query: Query, view: TesView = TesView.MINIMAL) -> Page:
-        return await self._call(lambda: self._page(query, view))
+        return await self.call(lambda: self._page(query, view))
 
     async def apply(self, task_id: str, change: Change, *, before: float | None = None) -> Task | None:
-        task = await self._call(lambda: self._apply(task_id, change, before))
+        task = await self.call(lambda: self._apply(task_id, change, before))
         if task is not None and (change.state is not None or change.due_at is not KEEP):
             self.bell.ring(ring_for(task))
         return task
 
     async def take_due(self, *, queued: bool, now: float, lease: float, limit: int) -> list[Task]:
-        return await self._call(lambda: self._take_due(queued, now, lease, limit)) if limit else []
+        return await self.call(lambda: self._take_due(queued, now, lease, limit)) if limit else []
 
     async def next_due(self, *, queued: bool) -> float | None:
         async def find() -> float | None:
@@ -221,34 +236,34 @@ class MongoStore:
             )
             return record["due_at"] if record else None
 
-        return await self._call(find)
+        return await self.call(find)
 
     async def loads(self) -> Mapping[str, Load]:
-        return await self._call(self._loads)
+        return await self.call(self._loads)
 
     async def hold(self, right: str, holder: str, seconds: float) -> float | None:
-        return await self._call(lambda: self._hold(right, holder, seconds))
+        return await self.call(lambda: self._hold(right, holder, seconds))
 
     async def purge(self, ended_before: float, limit: int) -> int:
-        return await self._call(lambda: self._purge(ended_before, limit)) if limit else 0
+        return await self.call(lambda: self._purge(ended_before, limit)) if limit else 0
 
     async def contents(self, task_id: str) -> Mapping[int, str]:
         async def find() -> Mapping[int, str]:
             record = await self._record(task_id, {"parts": 1})
             return (await self._bodies([record]))[task_id].contents if record else {}
 
-        return await self._call(find)
+        return await self.call(find)
 
     async def ping(self) -> None:
         async def ask() -> None:
             await self._read_clock()
             await self._tasks.find_one({"_id": ""}, {"_id": 1})
 
-        await self._call(ask)
+        await self.call(ask)
 
     # How each of them is carried out
 
-    async def _call(self, function: Callable[[], Awaitable[T]]) -> T:
+    async def call(self, function: Callable[[], Awaitable[T]]) -> T:
         """Run it to its end, even if the caller leaves: half a write helps nobody. All errors become ours."""
         if self._client is None:
             raise StoreUnavailable("The store is not open.")
@@ -297,7 +312,7 @@ class MongoStore:
         patient = self._make_client(self._uri, **{**DEFAULTS, "timeoutms": 0})
         try:
             database = self._database_of(patient)
-            for name, index in [*(("task", each) for each in INDEXES), ("text", TEXT_INDEX)]:
+            for name, index in [*(("task", each) for each in INDEXES), ("text", TEXT_INDEX), ("letter", LETTER_INDEX)]:
                 await _make_index(database[name], index)
         finally:
             if inspect.isawaitable(closing := patient.close()):
@@ -319,17 +334,21 @@ class MongoStore:
             read_preference=ReadPreference.PRIMARY,
         )
 
+    def collection(self, name: str) -> Any:
+        """A collection of the open store."""
+        return self._database_of(self._client)[name]
+
     @property
     def _tasks(self) -> Any:
-        return self._database_of(self._client)["task"]
+        return self.collection("task")
 
     @property
     def _texts(self) -> Any:
-        return self._database_of(self._client)["text"]
+        return self.collection("text")
 
     @property
     def _rights(self) -> Any:
-        return self._database_of(self._client)["right"].with_options(read_concern=ReadConcern("local"))
+        return self.collection("right").with_options(read_concern=ReadConcern("local"))
 
     # Create
 
@@ -621,6 +640,136 @@ class MongoStore:
         if part.pieces:
             with suppress(PyMongoError):  # nobody sees them
                 await self._texts.delete_many({"_id": {"$in": [piece["_id"] for piece in part.pieces]}})
+
+
+class MongoMailbox:
+    """The Mailbox of a MongoStore, open while that is.
+
+    The record of a box lists its letters: one change of that record puts a letter, so all see the same order, and the
+    limits hold. The texts are written before that, in pieces in `letter`, and are deleted after the box names them no
+    more; those that a crash left over go when they expire.
+    """
+
+    def __init__(self, store: MongoStore) -> None:
+        self.doorbell = Doorbell()
+        self._store = store
+        self._made: set[str] = set()
+
+    async def put(self, box: str, text: str, key: str, *, instead: bool = False) -> int:
+        data = text.encode()
+        if len(data) > LETTER_BYTES:
+            raise ValueError(f"a letter of {len(data)} bytes is too long")
+        letter_id = await self._store.call(lambda: self._put(box, data, key, instead))
+        self.doorbell.ring(box)
+        return letter_id
+
+    async def read(self, box: str, after: int = 0) -> Sequence[Letter]:
+        return await self._store.call(lambda: self._read(box, after))
+
+    async def drop(self, box: str, up_to: int) -> None:
+        async def drop() -> None:
+            gone = {"$pull": {"letters": {"id": {"$lte": up_to}}}}
+            before = await self._boxes.find_one_and_update({"_id": box}, gone, _those({"$lte": ["$$this.id", up_to]}))
+            await self._delete(before["letters"] if before else [])
+
+        await self._store.call(drop)
+
+    async def expire(self, before: float) -> None:
+        async def expire() -> None:
+            await self._boxes.update_many({}, {"$pull": {"letters": {"written": {"$lt": before}}}})
+            await self._texts.delete_many({"written": {"$lt": before}})
+
+        await self._store.call(expire)
+
+    @property
+    def _boxes(self) -> Any:
+        return self._store.collection("box")
+
+    @property
+    def _texts(self) -> Any:
+        return self._store.collection("letter")
+
+    async def _put(self, box: str, data: bytes, key: str, instead: bool) -> int:
+        await self._make(box)
+        if not instead and (there := await self._find(box, key)):
+            return there
+        letter: Record = {"name": secrets.token_hex(8), "key": key, "size": len(data), "written": self._store.clock()}
+        await self._write(letter, data)
+        same = _those({"$eq": ["$$this.key", {"$literal": key}]})
+        before = await self._boxes.find_one_and_update(*_one_more(box, letter, instead), same)
+        if before is None:
+            await self._delete([letter])
+            if not instead and (there := await self._find(box, key)):
+                return there
+            raise MailboxFull(f"The box {box!r} is full.")
+        await self._delete(before["letters"])
+        number: int = before["last"] + 1
+        return number
+
+    async def _make(self, box: str) -> None:
+        if box not in self._made:
+            new = {"$setOnInsert": {"last": 0, "letters": []}}
+            with suppress(DuplicateKeyError):  # another process was quicker
+                await self._boxes.update_one({"_id": box}, new, upsert=True)
+            self._made.add(box)
+
+    async def _find(self, box: str, key: str) -> int:
+        """The id of the letter with this key, or 0."""
+        found = await self._boxes.find_one({"_id": box, "letters.key": key}, {"letters.$": 1})
+        number: int = found["letters"][0]["id"] if found else 0
+        return number
+
+    async def _read(self, box: str, after: int) -> list[Letter]:
+        later = _those({"$gt": ["$$this.id", after]})["letters"]
+        found = await self._boxes.find_one({"_id": box}, {"letters": {"$slice": [later, READ_LETTERS]}})
+        letters = found["letters"] if found else []
+        last = last_of_read((each["id"], each["size"]) for each in letters)
+        letters = [each for each in letters if each["id"] <= last]
+        names = [name for each in letters for name in _pieces_of(each)]
+        texts = {piece["_id"]: piece["data"] async for piece in self._texts.find({"_id": {"$in": names}})}
+        return [
+            Letter(each["id"], b"".join(texts[name] for name in _pieces_of(each)).decode())
+            for each in letters
+            if all(name in texts for name in _pieces_of(each))  # else it was dropped meanwhile
+        ]
+
+    async def _write(self, letter: Record, data: bytes) -> None:
+        pieces = [
+            {"_id": name, "written": letter["written"], "data": data[at * PIECE : (at + 1) * PIECE]}
+            for at, name in enumerate(_pieces_of(letter))
+        ]
+        await self._texts.insert_many(pieces)
+
+    async def _delete(self, letters: Sequence[Record]) -> None:
+        if names := [name for each in letters for name in _pieces_of(each)]:
+            with suppress(PyMongoError):  # nobody sees them
+                await self._texts.delete_many({"_id": {"$in": names}})
+
+
+def _pieces_of(letter: Record) -> list[str]:
+    return [f"{letter['name']}/{at:03}" for at in range(max(1, math.ceil(letter["size"] / PIECE)))]
+
+
+def _those(condition: Record) -> Record:
+    """What to load of a box: its last id, and the letters that fulfil the condition."""
+    return {"last": 1, "letters": {"$filter": {"input": "$letters", "cond": condition}}}
+
+
+def _one_more(box: str, letter: Record, instead: bool) -> tuple[Record, list[Record]]:
+    """When a letter may be put, and the change that does it."""
+    room = [
+        {"$lt": [{"$size": "$letters"}, BOX_LETTERS]},
+        {"$lte": [{"$sum": "$letters.size"}, BOX_BYTES - letter["size"]]},
+    ]
+    condition: Record = {"_id": box, "$expr": {"$and": room}}
+    kept: Any = "$letters"
+    if instead:
+        kept = _those({"$ne": ["$$this.key", {"$literal": letter["key"]}]})["letters"]
+    else:
+        condition["letters.key"] = {"$ne": letter["key"]}
+    entry = {"id": "$last", **{name: {"$literal": value} for name, value in letter.items()}}
+    change = [{"$set": {"last": {"$add": ["$last", 1]}}}, {"$set": {"letters": {"$concatArrays": [kept, [entry]]}}}]
+    return condition, change
 
 
 class _Part:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from tesp_api.errors import RightLost, StoreUnavailable, StoreUnusable
+from tesp_api.errors import MailboxFull, RightLost, StoreUnavailable, StoreUnusable
 from tesp_api.lifecycle import KEEP, Change
 from tesp_api.store import FEW, HEADS, SAMPLE, STALE, Bell, Load, Once, Page, Query, Repeat, Ring, beyond, ring_for
 from tesp_api.store.codec import (
@@ -32,6 +32,15 @@ from tesp_api.store.codec import (
     content_rows,
     ended_at,
     stream_rows,
+)
+from tesp_api.store.mailbox import (
+    BOX_BYTES,
+    BOX_LETTERS,
+    LETTER_BYTES,
+    READ_LETTERS,
+    Doorbell,
+    Letter,
+    last_of_read,
 )
 from tesp_api.task import ACTIVE, FINAL, Bodies, Task, put_attempt
 from tesp_api.tes import TesState, TesView
@@ -117,6 +126,20 @@ MIGRATIONS = (
     CREATE INDEX tag_key ON tag (key, task_id);
     """
     + "".join(f"CREATE INDEX task_head_{length} ON task (substr(name, 1, {length}), id, name);" for length in HEADS),
+    # 3: letters. AUTOINCREMENT: the id of a letter that is gone must not come back.
+    """
+    CREATE TABLE letter (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        box TEXT NOT NULL,
+        key TEXT NOT NULL,
+        size INTEGER NOT NULL,
+        written REAL NOT NULL,
+        text TEXT NOT NULL
+    );
+    CREATE UNIQUE INDEX letter_key ON letter (box, key);
+    CREATE INDEX letter_box ON letter (box, id, size);
+    CREATE INDEX letter_written ON letter (written);
+    """,
 )
 """SQL that leads from each schema version to the next; `PRAGMA user_version` says how many have been run."""
 
@@ -132,7 +155,8 @@ _OURS = (sqlite3.OperationalError, sqlite3.DatabaseError)
 class SqliteStore:
     """The TaskStore on one SQLite file, or in memory with `path` ":memory:".
 
-    `alone` keeps all other processes out; to open it is StoreUnavailable while one of them is in.
+    `alone` keeps all other processes out; to open it is StoreUnavailable while one of them is in. `mail` keeps letters
+    in the same file.
     """
 
     def __init__(self, path: Path | str, *, alone: bool = False) -> None:
@@ -141,6 +165,7 @@ class SqliteStore:
         self._writer = _Worker(self.path, writes=True, alone=alone)
         both = alone or self.path == ":memory:"
         self._reader = self._writer if both else _Worker(self.path, writes=False)
+        self.mail = SqliteMailbox(self._writer, self._reader)
 
     async def __aenter__(self) -> Self:
         await self._writer.start(_migrate)
@@ -203,6 +228,30 @@ class SqliteStore:
 
     async def ping(self) -> None:
         await self._reader.call(lambda db: db.execute("SELECT 1 FROM sqlite_schema").fetchone())
+
+
+class SqliteMailbox:
+    """The Mailbox of a SqliteStore, open while that is."""
+
+    def __init__(self, writer: _Worker, reader: _Worker) -> None:
+        self.doorbell = Doorbell()
+        self._writer, self._reader = writer, reader
+
+    async def put(self, box: str, text: str, key: str, *, instead: bool = False) -> int:
+        if (size := len(text.encode())) > LETTER_BYTES:
+            raise ValueError(f"a letter of {size} bytes is too long")
+        letter_id = await self._writer.call(lambda db: _put_letter(db, box, text, size, key, instead), durable=True)
+        self.doorbell.ring(box)
+        return letter_id
+
+    async def read(self, box: str, after: int = 0) -> Sequence[Letter]:
+        return await self._reader.call(lambda db: _read_letters(db, box, after))
+
+    async def drop(self, box: str, up_to: int) -> None:
+        await self._writer.call(lambda db: _drop_letters(db, box, up_to))
+
+    async def expire(self, before: float) -> None:
+        await self._writer.call(lambda db: _expire_letters(db, before))
 
 
 # One thread, one connection
@@ -703,3 +752,36 @@ def _purge(db: sqlite3.Connection, ended_before: float, limit: int) -> int:
     db.executemany("DELETE FROM task WHERE id = ?", [(task_id,) for task_id, _ in rows])  # the rest goes with it
     db.execute("DELETE FROM unanswered WHERE created < ?", (time.time() - STALE,))
     return len(rows)
+
+
+def _put_letter(db: sqlite3.Connection, box: str, text: str, size: int, key: str, instead: bool) -> int:
+    found = db.execute("SELECT id FROM letter WHERE box = ? AND key = ?", (box, key)).fetchone()
+    if found is not None and not instead:
+        there: int = found[0]
+        return there
+    count, total = db.execute("SELECT count(*), total(size) FROM letter WHERE box = ?", (box,)).fetchone()
+    if count >= BOX_LETTERS or total + size > BOX_BYTES:
+        raise MailboxFull(f"The box {box!r} is full: {count} letters wait in it.")
+    db.execute("DELETE FROM letter WHERE box = ? AND key = ?", (box, key))
+    done = db.execute(
+        "INSERT INTO letter (box, key, size, written, text) VALUES (?, ?, ?, ?, ?)", (box, key, size, time.time(), text)
+    )
+    assert done.lastrowid is not None
+    return done.lastrowid
+
+
+def _read_letters(db: sqlite3.Connection, box: str, after: int) -> list[Letter]:
+    sizes = db.execute(
+        "SELECT id, size FROM letter WHERE box = ? AND id > ? ORDER BY id LIMIT ?", (box, after, READ_LETTERS)
+    ).fetchall()
+    last = last_of_read(sizes)
+    found = "SELECT id, text FROM letter WHERE box = ? AND id > ? AND id <= ? ORDER BY id"
+    return [Letter(*row) for row in db.execute(found, (box, after, last))]
+
+
+def _drop_letters(db: sqlite3.Connection, box: str, up_to: int) -> None:
+    db.execute("DELETE FROM letter WHERE box = ? AND id <= ?", (box, up_to))
+
+
+def _expire_letters(db: sqlite3.Connection, before: float) -> None:
+    db.execute("DELETE FROM letter WHERE written < ?", (before,))
