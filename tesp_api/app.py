@@ -6,10 +6,13 @@ import asyncio
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,9 +23,11 @@ from starlette.responses import JSONResponse, Response
 from tesp_api import __version__
 from tesp_api.api import PREFIXES, Api, ServiceDescription, problems, router
 from tesp_api.api import relay as relay_api
+from tesp_api.api.jobs import PATH, Jobs
 from tesp_api.api.openapi import add_docs, openapi
 from tesp_api.api.origins import ForeignPages
 from tesp_api.api.repeats import Creates
+from tesp_api.api.routes import Methods
 from tesp_api.dispatch import loop
 from tesp_api.dispatch.dispatcher import Dispatcher
 from tesp_api.dispatch.keeper import Keeper
@@ -69,6 +74,7 @@ class Service:
     dispatcher: Dispatcher
     poller: Poller
     keeper: Keeper
+    policies: Mapping[str, Policy]
     dispatches: bool = True
     loops: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -135,15 +141,42 @@ def _tell_of_death(task: asyncio.Task[None]) -> None:
         log.critical("The loop %r died; the service is not ready any more.", task.get_name(), exc_info=error)
 
 
+@contextmanager
+def _before_stop(call: Callable[[], None]) -> Iterator[None]:
+    """Have `call` called when the process is told to stop. The server waits for open requests before it tells us, and
+    so would all those that stay open until something happens."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(call)
+        if callable(handler := before[signal.Signals(number)]):
+            handler(number, frame)
+
+    chained = [number for number, handler in before.items() if callable(handler)]
+    for number in chained:
+        signal.signal(number, heard)
+    try:
+        yield
+    finally:
+        for number in chained:
+            signal.signal(number, before[number])
+
+
 def create_app(settings: Settings) -> FastAPI:
     """The web application, whose lifespan runs the whole service. Raises TespError for settings that cannot work."""
     service = build_service(settings)
     creates = Creates(service.store)
+    jobs = Jobs(service.store, service.policies, service.store.clock)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with service.run(), creates.noting():
-            yield
+            with _before_stop(jobs.close):
+                yield
 
     app = FastAPI(
         title="tesp-api",
@@ -166,6 +199,7 @@ def create_app(settings: Settings) -> FastAPI:
         )
     if "api" in settings.server.roles:
         _add_api(app, service, creates, settings)
+        Methods(POST=jobs.report).add_to(app.router, f"{PATH}/{{id}}")
     _add_health(app, service)
     return app
 
@@ -210,23 +244,24 @@ def build_service(settings: Settings) -> Service:
     store = _store(settings)
     dispatches = "dispatch" in settings.server.roles
     sites = {site.facts.name: site for site in _sites(settings, store.mail)} if dispatches else {}
-    policies = {
-        name: Policy(
-            lease=settings.dispatch.lease,
-            patience=site.facts.patience,
-            first_look=site.facts.first_look,
-            poll_interval=site.facts.poll_interval,
-            cancel_grace=site.facts.cancel_grace,
-            max_attempts=settings.retry.max_attempts,
-            backoff=settings.retry.backoff,
-        )
-        for name, site in sites.items()
-    }
+    policies = {keys.name: _policy(settings, _facts(settings, keys)) for keys in _all_site_settings(settings)}
     news = SiteNews()
     dispatcher = Dispatcher(store, sites, policies, store.clock, news, settings.dispatch.take_over)
     poller = Poller(store, sites, policies, dispatcher.submit, store.clock, news)
     keeper = Keeper(store, settings.retention.days, _owned(settings) if dispatches else {})
-    return Service(store, store.mail, sites, dispatcher, poller, keeper, dispatches)
+    return Service(store, store.mail, sites, dispatcher, poller, keeper, policies, dispatches)
+
+
+def _policy(settings: Settings, facts: SiteFacts) -> Policy:
+    return Policy(
+        lease=settings.dispatch.lease,
+        patience=facts.patience,
+        first_look=facts.first_look,
+        poll_interval=facts.poll_interval,
+        cancel_grace=facts.cancel_grace,
+        max_attempts=settings.retry.max_attempts,
+        backoff=settings.retry.backoff,
+    )
 
 
 def _store(settings: Settings) -> SqliteStore | MongoStore:
@@ -391,4 +426,6 @@ def _facts(settings: Settings, keys: SiteSettings) -> SiteFacts:
         if by_mail
         else 0.1,  # ours tell of their jobs by themselves, and so does a broker
         cancel_grace=keys.cancel_grace,
+        # Of jobs on our own machine we see every step in their files.
+        report_url="" if own or not settings.server.public_url else settings.server.public_url.rstrip("/") + PATH,
     )

@@ -108,6 +108,12 @@ def _roots(value: Any) -> Any:
     return value
 
 
+def _public(text: str) -> str:
+    if text and (not _is_web(text) or any(sign in text for sign in "?#@")):
+        raise ValueError("must be http:// or https:// with a host, without a user, a query and a fragment")
+    return text
+
+
 WebUrl = Annotated[str, AfterValidator(_web)]
 OptionalWebUrl = Annotated[str, AfterValidator(_web_or_nothing)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_one_as_list)]
@@ -124,6 +130,7 @@ class Server(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
+    public_url: Annotated[str, AfterValidator(_public)] = ""
     data_dir: Path = Path("data")
     cors_origins: Texts = ()
     max_body_mb: float = Field(default=32.0, gt=0)

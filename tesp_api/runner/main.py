@@ -47,7 +47,7 @@ class Attempt:
         self._directory = directory
         self._plan = plan
         self._reaper = reaper
-        self._watch = Watch(directory, plan.job_id)
+        self._watch = Watch(directory, plan.job_id, plan.report)
         self._start_time = now()
         self._logs: List[str] = []
         self._executors: List[job.ExecutorResult] = []
@@ -177,10 +177,9 @@ class Attempt:
                 self._directory.write_result(result)
             except OSError as error:  # a full disk, most likely; the short form may still fit
                 self.note("The result could not be stored whole: %s" % error)
-                self._directory.write_result(
-                    result._replace(state="SYSTEM_ERROR", executors=[], outputs=[], system_logs=self._logs[-5:])
-                )
-            self._watch.close()
+                result = result._replace(state="SYSTEM_ERROR", executors=[], outputs=[], system_logs=self._logs[-5:])
+                self._directory.write_result(result)
+            self._watch.close(result)
 
 
 class Runs:
@@ -201,6 +200,7 @@ class Runs:
 
         def begin() -> None:
             self._attempt.begin(index)
+            self._attempt.watch.follow(stdout, stderr)
             started[0] = now()
 
         try:
