@@ -166,9 +166,12 @@ def _before_stop(call: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, before[number])
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The web application, whose lifespan runs the whole service. Raises TespError for settings that cannot work."""
-    service = build_service(settings)
+def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
+    """The web application, whose lifespan runs the whole service. Raises TespError for settings that cannot work.
+
+    `service` in place of the one that the settings describe.
+    """
+    service = service or build_service(settings)
     creates = Creates(service.store)
     jobs = Jobs(service.store, service.policies, service.store.clock)
 

@@ -11,7 +11,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -110,15 +110,25 @@ class _Questions:
 
 
 class Jobs:
-    """The reports. `policies` are those of the sites, by name."""
+    """The reports. `policies` are those of the sites, by name; `most` questions may be open at a time."""
 
     def __init__(
-        self, store: TaskStore, policies: Mapping[str, Policy], clock: Callable[[], float] = time.time
+        self,
+        store: TaskStore,
+        policies: Mapping[str, Policy],
+        clock: Callable[[], float] = time.time,
+        most: int = MAX_OPEN,
     ) -> None:
         self._store = store
         self._policies = policies
         self._clock = clock
+        self._most = most
         self._questions = _Questions(store)
+
+    @property
+    def asked(self) -> Collection[str]:
+        """The jobs that have a question open."""
+        return self._questions.open.keys()
 
     def close(self) -> None:
         """The service is about to stop: nobody shall wait for an open question."""
@@ -168,7 +178,7 @@ class Jobs:
         questions = self._questions
         if questions.closed:
             return Answer(pause=STOPPING)
-        if len(questions.open) >= MAX_OPEN and job_id not in questions.open:
+        if len(questions.open) >= self._most and job_id not in questions.open:
             return Answer(pause=HOLD)
         async with questions.ask(job_id) as wake:
             current = await self._store.get(task.id, TesView.BASIC)  # a cancel may have come just before
