@@ -109,8 +109,8 @@ def _roots(value: Any) -> Any:
 
 
 def _public(text: str) -> str:
-    if text and (not _is_web(text) or any(sign in text for sign in "?#@")):
-        raise ValueError("must be http:// or https:// with a host, without a user, a query and a fragment")
+    if text and (not _is_web(text) or not text.isascii() or any(sign in text for sign in "?#@")):
+        raise ValueError("must be http:// or https:// with a host, in ASCII, without a user, a query and a fragment")
     return text
 
 

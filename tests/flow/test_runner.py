@@ -9,12 +9,13 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tesp_api.sites.local import LocalSite
 from tesp_api.task import Phase
 from tests import pythons
 from tests.contract.test_transfer import Store
+from tests.mongod import Certificates, make_certificates
 from tests.runner_jobs import BUNDLE, Job, executor, mounts, sh, until
 
 HOST = job.Runtime("host")
@@ -682,29 +684,56 @@ class Desk(http.server.BaseHTTPRequestHandler):
         """Nothing."""
 
 
-@pytest.mark.parametrize("python", NEW.values(), ids=NEW)
-def test_reports_tell_the_phases_and_the_result_and_bring_the_cancel(make: Make, python: str) -> None:
+@contextmanager
+def desk(certificates: Certificates | None = None) -> Iterator[tuple[type[Desk], job.ReportTo]]:
+    """A desk of its own, over TLS if there are certificates, and where to report to."""
+
     class Mine(Desk):
         reports: list[dict[str, Any]] = []
         headers_seen: list[str] = []
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mine) as server:
+        if certificates is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificates.server)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        to = job.ReportTo(f"http://127.0.0.1:{server.server_port}/reports/of", "token")
+        scheme = "https" if certificates else "http"
+        yield Mine, job.ReportTo(f"{scheme}://127.0.0.1:{server.server_port}/reports/of", "token")
+        server.shutdown()
+
+
+@pytest.mark.parametrize("python", NEW.values(), ids=NEW)
+def test_reports_tell_the_phases_and_the_result_and_bring_the_cancel(make: Make, python: str) -> None:
+    with desk() as (mine, to):
         made = make(sh("sleep 1000"), report=to, python=python)
         result = made.run()
-        server.shutdown()
     assert result.state == "CANCELED"
-    phases = [each["progress"]["phase"] for each in Mine.reports]
+    phases = [each["progress"]["phase"] for each in mine.reports]
     assert phases[-1] == "done"
     assert "running" in phases
-    assert Mine.reports[-1]["result"] == job.to_document(result)
-    assert set(Mine.headers_seen) == {"Bearer token"}
+    assert mine.reports[-1]["result"] == job.to_document(result)
+    assert set(mine.headers_seen) == {"Bearer token"}
     assert json.loads((made.root / "answer.json").read_text("ascii"))["cancel"] is True, "the reaper would see it too"
 
 
+@pytest.mark.parametrize("trusted", [True, False])
+def test_reports_go_only_to_a_server_with_a_certificate_that_the_node_trusts(
+    make: Make, tmp_path: Path, trusted: bool
+) -> None:
+    certificates = make_certificates(tmp_path / "tls")
+    with desk(certificates) as (mine, to):
+        made = make(sh("true"), report=to)
+        assert made.run(env={"SSL_CERT_FILE": str(certificates.authority)} if trusted else {}).state == "COMPLETE"
+    assert bool(mine.headers_seen) is trusted
+    if trusted:
+        assert mine.reports[-1]["result"]["state"] == "COMPLETE"
+
+
 @pytest.mark.parametrize(
-    "answer", [b"", b"HTTP/1.1 500 no\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{]", b"\0" * 99]
+    "answer",
+    [b"", b"HTTP/1.1 500 no\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{]", b"\0" * 99],
+    ids=["nothing", "500", "no JSON", "no HTTP"],
 )
 def test_nonsense_for_an_answer_does_not_disturb_a_job(make: Make, answer: bytes) -> None:
     def talk(listener: socket.socket) -> None:
