@@ -180,6 +180,7 @@ class Jobs:
             return Answer(pause=STOPPING)
         if len(questions.open) >= self._most and job_id not in questions.open:
             return Answer(pause=HOLD)
+        log.debug("%s keeps a question open", job_id)
         async with questions.ask(job_id) as wake:
             current = await self._store.get(task.id, TesView.BASIC)  # a cancel may have come just before
             if _is_wanted(current, job_id):
