@@ -96,7 +96,7 @@ class World:
         policies = {"here": POLICY}
         dispatcher = Dispatcher(store, sites, policies)
         poller = Poller(store, sites, policies, dispatcher.submit)
-        service = Service(store, sites, dispatcher, poller, Keeper(store), policies)
+        service = Service(store, store.mail, sites, dispatcher, poller, Keeper(store), policies)
         app = create_app(load(environ={}, overrides={"server.data_dir": self.directory}), service)
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=int(GUARD)))
         serving = asyncio.create_task(server.serve(sockets=[self.socket.dup()]))
