@@ -759,6 +759,14 @@ class AnyLife(RuleBasedStateMachine):
             self.take(lifecycle.asked_to_stop(self.task, self.now))
         self.take(lifecycle.never_stopped(self.task, self.now, POLICY))
 
+    @rule()
+    def somebody_looks(self) -> None:
+        self.take(lifecycle.look_now(self.task, self.now))
+
+    @rule(number=st.integers(1, 3))
+    def submit_again(self, number: int) -> None:
+        self.take(lifecycle.with_token(self.task, number, "hash"))
+
     @precondition(lambda self: self.task.state in ACTIVE)
     @rule()
     def silence(self) -> None:
@@ -773,6 +781,7 @@ class AnyLife(RuleBasedStateMachine):
         code=st.sampled_from([None, 0, 1, 2, 76, 77, 78, 79, 127, 137]),
         state=st.sampled_from([None, None, None, "COMPLETE", "EXECUTOR_ERROR", "SYSTEM_ERROR", "CANCELED", "?"]),
         blamed=st.booleans(),
+        reported=st.booleans(),
     )
     def observe(
         self,
@@ -783,6 +792,7 @@ class AnyLife(RuleBasedStateMachine):
         code: int | None,
         state: str | None,
         blamed: bool,
+        reported: bool,
     ) -> None:
         its = job_id(self.task.id, number)
         before = self.task
@@ -792,8 +802,10 @@ class AnyLife(RuleBasedStateMachine):
             progress=None if beat is None else job.Progress(its, "running", beat=beat, started=started),
             result=None if state is None else job.Result(its, state, "a", "b", infrastructure=blamed),
             exit_code=code,
+            reported=reported,
         )
-        self.take(lifecycle.observed(self.task, observation, self.now, POLICY))
+        decide = lifecycle.reported if reported else lifecycle.observed
+        self.take(decide(self.task, observation, self.now, POLICY))
         if self.task.state is S.COMPLETE and before.state is not S.COMPLETE:
             assert state == "COMPLETE"
         if self.task.state is S.EXECUTOR_ERROR and before.state is not S.EXECUTOR_ERROR:
