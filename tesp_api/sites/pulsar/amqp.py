@@ -30,6 +30,7 @@ from aio_pika.abc import (
     ExchangeType,
 )
 from aiormq import exceptions as amqp
+from pamqp.commands import Connection
 from yarl import URL
 
 from tesp_api.errors import SettingsError, SiteRefused, SiteUnavailable
@@ -84,6 +85,7 @@ class AmqpPost:
         self._letters: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
         self._copies: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
         self._sending = asyncio.Semaphore(SENDING)
+        self._tried = asyncio.Event()
         self._ready = asyncio.Event()
         self._broken = asyncio.Event()
         self._exchange: AbstractExchange | None = None
@@ -179,9 +181,10 @@ class AmqpPost:
     # The connection
 
     async def _connected(self) -> AbstractExchange:
-        patience = RECONNECT if self._trouble else self._timeout
         with suppress(TimeoutError):
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(self._timeout):
+                await self._tried.wait()
+            async with asyncio.timeout(RECONNECT):
                 await self._ready.wait()
         if self._exchange is None:
             raise SiteUnavailable(self._trouble or f"{self._broker} does not answer.", unsent=True)
@@ -259,6 +262,7 @@ class AmqpPost:
         elif not trouble:
             log.info("%s is connected.", self.where)
         self._trouble = trouble
+        self._tried.set()
 
     def _words(self, error: Exception) -> str:
         """Why there is no connection, in one sentence without secrets."""
@@ -273,7 +277,7 @@ class AmqpPost:
 def _reason(error: BaseException) -> str | None:
     if isinstance(error, amqp.ProbableAuthenticationError | amqp.AuthenticationError):
         return "refuses our login: the user or the password in `amqp_url` is wrong."
-    if isinstance(error, amqp.ConnectionNotAllowed):
+    if isinstance(error, amqp.ConnectionNotAllowed) or _closing(error) is not None:
         return f"does not let us use the virtual host in `amqp_url`: {_told(error)}"
     if isinstance(error, amqp.ChannelAccessRefused):
         return f"does not allow our user what it needs: {_told(error)}"
@@ -294,12 +298,20 @@ def _reason(error: BaseException) -> str | None:
 
 def _told(error: BaseException) -> str:
     """What the broker says, which knows no password of ours."""
+    closing = _closing(error)
     words = next((each for each in reversed(error.args) if isinstance(each, str)), "")
+    if closing is not None:
+        words = str(closing.reply_text)
     return documents.words(words, 160) or type(error).__name__
 
 
 def _words(error: Exception) -> str:
     return documents.words(str(error), 100)
+
+
+def _closing(error: BaseException) -> Connection.Close | None:
+    """The broker's good-bye, when that came in place of its consent to the virtual host."""
+    return next((each for each in error.args if isinstance(each, Connection.Close)), None)
 
 
 def _is_too_long(error: BaseException, length: int) -> bool:

@@ -136,8 +136,11 @@ class PulsarSite:
         """See Site. A repeated submit asks first: only a job that is unknown or still being set up is sent again."""
         launch = messages.launch(plan, self._command_line)
         async with self._turns.turn(plan.job_id):
-            await self._deliver()
-            status = await self._status(plan.job_id)
+            try:
+                await self._deliver()
+                status = await self._status(plan.job_id)
+            except SiteUnavailable as error:
+                raise SiteUnavailable(str(error), unsent=plan.job_id not in self._launched_with) from error
             if status is None or status.state not in (LOST, "preprocessing"):
                 return
             self._launched_with[plan.job_id] = self._deliveries
