@@ -30,7 +30,6 @@ from aio_pika.abc import (
     ExchangeType,
 )
 from aiormq import exceptions as amqp
-from pamqp.commands import Connection
 from yarl import URL
 
 from tesp_api.errors import SettingsError, SiteRefused, SiteUnavailable
@@ -277,8 +276,8 @@ class AmqpPost:
 def _reason(error: BaseException) -> str | None:
     if isinstance(error, amqp.ProbableAuthenticationError | amqp.AuthenticationError):
         return "refuses our login: the user or the password in `amqp_url` is wrong."
-    if isinstance(error, amqp.ConnectionNotAllowed) or _closing(error) is not None:
-        return f"does not let us use the virtual host in `amqp_url`: {_told(error)}"
+    if isinstance(error, amqp.ConnectionNotAllowed) or _is_shut_out(error):
+        return "does not let us use the virtual host in `amqp_url`: is there one of that name, and may our user use it?"
     if isinstance(error, amqp.ChannelAccessRefused):
         return f"does not allow our user what it needs: {_told(error)}"
     if isinstance(error, amqp.ChannelPreconditionFailed):
@@ -289,8 +288,8 @@ def _reason(error: BaseException) -> str | None:
         return f"and we find no common TLS: {documents.words(error.reason or str(error), 120)}."
     if isinstance(error, TimeoutError):
         return "did not answer in time."
-    if isinstance(error, OSError) and error.filename:
-        return f"cannot be used: {error.filename}, named in `amqp_url`, cannot be read: {error.strerror}."
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+        return f"cannot be used: a file that `amqp_url` names for TLS cannot be read: {error.strerror}."
     if isinstance(error, OSError) and not isinstance(error, amqp.AMQPError):
         return f"cannot be reached: {documents.words(error.strerror or str(error), 120) or type(error).__name__}."
     return None
@@ -298,10 +297,7 @@ def _reason(error: BaseException) -> str | None:
 
 def _told(error: BaseException) -> str:
     """What the broker says, which knows no password of ours."""
-    closing = _closing(error)
     words = next((each for each in reversed(error.args) if isinstance(each, str)), "")
-    if closing is not None:
-        words = str(closing.reply_text)
     return documents.words(words, 160) or type(error).__name__
 
 
@@ -309,9 +305,9 @@ def _words(error: Exception) -> str:
     return documents.words(str(error), 100)
 
 
-def _closing(error: BaseException) -> Connection.Close | None:
-    """The broker's good-bye, when that came in place of its consent to the virtual host."""
-    return next((each for each in error.args if isinstance(each, Connection.Close)), None)
+def _is_shut_out(error: BaseException) -> bool:
+    """Whether the broker said good-bye in place of its consent to the virtual host; aiormq keeps its words back."""
+    return isinstance(error, amqp.InvalidFrameError) and "Connection.OpenOk" in str(error)
 
 
 def _is_too_long(error: BaseException, length: int) -> bool:
