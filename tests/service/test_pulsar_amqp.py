@@ -486,7 +486,7 @@ def test_tls_logins_and_hosts(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         f"amqps://guest:wr0ng@{host}/?cafile={ca}": "refuses our login",
         f"amqp://guest:guest@127.0.0.1:{world.broker.port}/n0where": "virtual host",
         f"amqps://guest:guest@{host}/": "certificate that is not trusted",
-        f"amqps://guest:guest@{host}/?cafile={tmp_path}/none.pem": "a file that `amqp_url` names for TLS cannot be read",
+        f"amqps://guest:guest@{host}/?cafile={tmp_path}/none.pem": "file that `amqp_url` names for TLS cannot be read",
         f"amqps://guest:guest@127.0.0.1:{world.broker.port}/?cafile={ca}": "TLS",
         "amqp://guest:guest@127.0.0.1:1/": "cannot be reached",
         "amqp://guest:guest@no.such.host.invalid/": "cannot be reached",

@@ -22,7 +22,7 @@ from tesp_api.runner.job import EXIT_NO_PYTHON
 from tesp_api.sites import documents
 from tesp_api.sites.pulsar import errand, messages
 from tesp_api.sites.pulsar.errand import Failed, Install, NoRoom, Outcome, Read, Remove, Request, Write
-from tesp_api.sites.pulsar.messages import ANSWER, ENDED, JOBDIR, RUNNING, Launch, Status
+from tesp_api.sites.pulsar.messages import ANSWER, ENDED, JOBDIR, Launch, Status
 from tesp_api.sites.pulsar.post import KILL, SETUP, STATUS, Post
 
 log = logging.getLogger(__name__)
@@ -32,12 +32,6 @@ T = TypeVar("T")
 ASK_AFTER: Final = (0.1, 0.2, 0.4, 0.8, 1.5, 3.0)
 """Pauses in seconds after which an errand is asked for, the last one again and again: a question moves Pulsar on, and
 the message of the end may be lost."""
-
-SLOW: Final = 2.0
-"""Seconds after which it is found out whether Pulsar has passed over a question."""
-
-PASSED_OVER: Final = 1.0
-"""Seconds by which an answer may come after that to a later question."""
 
 SPENT: Final = 1000
 """Errands whose directories are still to be removed, at most; the oldest are forgotten first."""
@@ -55,14 +49,16 @@ class _Wish:
 
 
 class MailCarrier:
-    """See Carrier. `timeout` is the longest wait for Pulsar's answer; `file_pause`: see Carrier."""
+    """See Carrier. `timeout` is the longest wait for Pulsar's answer; after `slow` seconds without one it is found out
+    whether Pulsar has passed over the question; `file_pause`: see Carrier."""
 
     by_mail = True
 
-    def __init__(self, post: Post, *, timeout: float = 30.0, file_pause: float = 20.0) -> None:
+    def __init__(self, post: Post, *, timeout: float = 30.0, file_pause: float = 20.0, slow: float = 2.0) -> None:
         self.file_pause = file_pause
         self._post = post
         self._timeout = timeout
+        self._slow = slow
         self._awaited: dict[str, asyncio.Future[Status]] = {}  # job id -> the next thing that Pulsar says of it
         self._questions: dict[str, asyncio.Task[Status | None]] = {}
         self._errands: dict[str, asyncio.Future[Status]] = {}
@@ -192,13 +188,13 @@ class MailCarrier:
             async with asyncio.timeout(self._timeout):
                 with self._awaiting(job_id) as answer:
                     await self._send_question(job_id)
-                    if await _is_there(answer, SLOW):
+                    if await _is_there(answer, self._slow):
                         return answer.result()
                     nobody = errand.new_id()
                     with self._awaiting(nobody) as later:
                         await self._send_question(nobody)
                         await asyncio.wait((answer, later), return_when=asyncio.FIRST_COMPLETED)
-                    return answer.result() if await _is_there(answer, PASSED_OVER) else None
+                    return answer.result() if await _is_there(answer, self._slow / 2) else None
         except TimeoutError:
             raise SiteUnavailable(f"{self._post.where} did not answer in time; does Pulsar run there?") from None
 
@@ -350,8 +346,9 @@ def _read(letter: object) -> tuple[str, Status] | None:
 
 
 def _is_news(status: Status) -> bool:
-    """Whether others should hear of it. `lost` may be an answer that a job's launch has overtaken meanwhile."""
-    return status.state in ENDED or status.state in RUNNING or status.result is not None
+    """Whether others should hear of it: of ends only. Anything else is an answer to a question of somebody's, and may
+    be old by now."""
+    return status.state in ENDED or status.result is not None
 
 
 def _words(letter: object) -> str:
