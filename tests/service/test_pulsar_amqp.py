@@ -28,6 +28,8 @@ from tesp_api.task import Observation, Phase
 from tests import standin
 from tests.pulsars import PulsarMain, ended, exists, forgotten, new_plan, phase, running, until
 from tests.rabbitmq import Broker, certificates, need_rabbitmq
+from tests.running import Service
+from tests.running import until as until_true
 from tests.support import require
 
 pytestmark = [pytest.mark.service, pytest.mark.timeout(300)]
@@ -472,6 +474,34 @@ def test_a_node_without_python(own_world: World, tmp_path: Path) -> None:
             assert caught.value.unsent
 
     asyncio.run(main())
+
+
+# The whole service
+
+
+def test_the_whole_service_over_a_broker(world: World, tmp_path: Path) -> None:
+    variables = {"TESP_PULSAR__AMQP_URL": world.broker.url, "CONTAINER_TYPE": "host"}
+    release = tmp_path / "release"
+    waits = f"while [ ! -e {release} ]; do sleep 0.05; done; echo out"
+    running_service = Service(tmp_path / "service", **variables)
+    try:
+        running_service.start()
+        task = running_service.post({"executors": [{"image": "none", "command": ["sh", "-c", waits]}]})
+        endless = running_service.post({"executors": [{"image": "none", "command": ["sleep", "600"]}]})
+        for each in (task, endless):
+            until_true(lambda each=each: running_service.state(each) == "RUNNING", LONG, f"{each} RUNNING")
+        running_service.kill()
+        release.touch()
+        running_service.start()
+        running_service.cancel(endless)
+        done = running_service.end(task, LONG)
+        assert (done["state"], done["logs"][0]["logs"][0]["stdout"]) == ("COMPLETE", "out\n")
+        assert len(done["logs"]) == 1
+        assert running_service.end(endless, LONG)["state"] == "CANCELED"
+        until_true(lambda: world.left() == set(), LONG, "nothing left at the site")
+    finally:
+        running_service.stop()
+    assert "guest" not in running_service.log.read_text()
 
 
 # Logins and certificates
