@@ -355,6 +355,22 @@ def test_a_look_at_a_running_job_fetches_its_progress_rarely(tmp_path: Path) -> 
     with_pulsar(test, tmp_path)
 
 
+def test_a_look_does_not_wait_long_for_an_errand_nor_does_its_failure_hide_that_the_job_runs(tmp_path: Path) -> None:
+    async def test(post: SmallPulsar, carrier: MailCarrier) -> None:
+        site = PulsarSite(SiteFacts(name="x"), carrier, standin.bundle())
+        await carrier.launch(Launch("t-1", "true", ()))
+        progress_of(tmp_path, "t-1", phase="running", started=NOW, beat=1)
+        post.gate.clear()
+        (seen,) = await site.observe(["t-1"])
+        assert (seen.phase, seen.progress) == (Phase.RUNNING, None)
+        post.gate.set()
+        await asyncio.gather(*site._looking.values())
+        (seen,) = await site.observe(["t-1"])
+        assert seen.progress is not None
+
+    with_pulsar(test, tmp_path, timeout=0.3)
+
+
 def test_a_job_on_the_way_is_not_taken_for_gone(tmp_path: Path) -> None:
     async def test(post: SmallPulsar, carrier: MailCarrier) -> None:
         site = PulsarSite(SiteFacts(name="x"), carrier, standin.bundle())
