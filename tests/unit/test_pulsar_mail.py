@@ -176,10 +176,14 @@ def test_an_answer_that_comes_twice_does_not_answer_the_next_question(tmp_path: 
 
 def test_a_question_that_pulsar_passes_over_has_no_answer(tmp_path: Path) -> None:
     async def test(post: SmallPulsar, carrier: MailCarrier) -> None:
-        post.deaf = {"t-1"}
+        post.deaf = {"t-1", "t-3", "t-4"}
+        answers = await asyncio.gather(*(carrier.status(each) for each in ("t-1", "t-2", "t-3", "t-4")))
+        assert [each is None for each in answers] == [True, False, True, True]
+        assert len(post.sent) == 5  # one question more for all who waited
         assert await carrier.status("t-1") is None
+        assert len(post.sent) == 7
 
-    with_pulsar(test, tmp_path, slow=0.05)
+    with_pulsar(test, tmp_path, slow=0.2)
 
 
 def test_a_pulsar_that_is_silent_is_unavailable(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Files are read, written and removed by errands, a Pulsar job each; what is asked
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import reprlib
 from collections import deque
@@ -61,6 +62,8 @@ class MailCarrier:
         self._slow = slow
         self._awaited: dict[str, asyncio.Future[Status]] = {}  # job id -> the next thing that Pulsar says of it
         self._questions: dict[str, asyncio.Task[Status | None]] = {}
+        self._numbers = itertools.count()
+        self._later: tuple[int, asyncio.Task[Status]] | None = None
         self._errands: dict[str, asyncio.Future[Status]] = {}
         self._spent: deque[str] = deque(maxlen=SPENT)
         self._wishes: dict[Request, _Wish] = {}
@@ -188,15 +191,26 @@ class MailCarrier:
             async with asyncio.timeout(self._timeout):
                 with self._awaiting(job_id) as answer:
                     await self._send_question(job_id)
+                    number = next(self._numbers)
                     if await _is_there(answer, self._slow):
                         return answer.result()
-                    nobody = errand.new_id()
-                    with self._awaiting(nobody) as later:
-                        await self._send_question(nobody)
-                        await asyncio.wait((answer, later), return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait((answer, self._later_answer(number)), return_when=asyncio.FIRST_COMPLETED)
                     return answer.result() if await _is_there(answer, self._slow / 2) else None
         except TimeoutError:
             raise SiteUnavailable(f"{self._post.where} did not answer in time; does Pulsar run there?") from None
+
+    def _later_answer(self, number: int) -> asyncio.Task[Status]:
+        """The answer to a question after that of this number, about nobody; one for all who wait, as Pulsar is slow."""
+        if self._later is None or self._later[0] < number or (self._later[1].done() and not _is_good(self._later[1])):
+            self._later = next(self._numbers), self._start(self._ask_about_nobody())
+        return self._later[1]
+
+    async def _ask_about_nobody(self) -> Status:
+        nobody = errand.new_id()
+        async with asyncio.timeout(self._timeout):
+            with self._awaiting(nobody) as answer:
+                await self._send_question(nobody)
+                return await answer
 
     async def _send_question(self, job_id: str) -> None:
         await self._post.send(STATUS, {"job_id": job_id, "request": "status"})
@@ -318,7 +332,8 @@ class MailCarrier:
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, SiteError):
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, SiteError | TimeoutError):
             log.error("the mail of %s failed", self._post.where, exc_info=error)
 
     async def _outcome_of(self, shared: asyncio.Future[T]) -> T:
@@ -329,6 +344,10 @@ class MailCarrier:
             if shared.cancelled():
                 raise SiteUnavailable(f"{self._post.where} is not in use any more.") from None
             raise
+
+
+def _is_good(done: asyncio.Task[Status]) -> bool:
+    return not done.cancelled() and done.exception() is None
 
 
 async def _is_there(answer: asyncio.Future[Status], within: float) -> bool:

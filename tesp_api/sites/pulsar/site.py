@@ -233,7 +233,9 @@ class PulsarSite:
             return Observation(job_id=job_id, phase=Phase.WAITING)
         progress = await (self._latest(job_id) if self._carrier.by_mail else self._progress(job_id))
         result = None
-        if (progress is not None and progress.phase == "done") or self._is_still(job_id, progress):
+        # By mail the end is about to be told, with the result.
+        done = progress is not None and progress.phase == "done" and not self._carrier.by_mail
+        if done or self._is_still(job_id, progress):
             result = await self._result(job_id)
         if result is not None:
             return self._end(Observation(job_id=job_id, phase=Phase.ENDED, progress=progress, result=result))
