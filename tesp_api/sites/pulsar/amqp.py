@@ -121,7 +121,7 @@ class AmqpPost:
             raise SiteUnavailable(f"{self._broker} could not keep a message.") from error
         except TimeoutError as error:
             raise SiteUnavailable(f"{self._broker} did not confirm a message in time.") from error
-        except (amqp.AMQPError, OSError, RuntimeError) as error:
+        except Exception as error:  # aiormq passes on whatever closed the connection, at times a bare Exception
             self._broken.set()
             if _is_too_long(error, len(message.body)):
                 raise SiteRefused(
