@@ -38,7 +38,7 @@ from tesp_api.lifecycle import Policy
 from tesp_api.relay import Manager
 from tesp_api.runner.bundle import build
 from tesp_api.runner.job import FileRoot, Runtime
-from tesp_api.settings import Settings, SiteKeys, SiteSettings
+from tesp_api.settings import BY_MAIL, Settings, SiteKeys, SiteSettings
 from tesp_api.sites import Site, SiteFacts
 from tesp_api.sites.local import LocalSite
 from tesp_api.sites.pulsar.amqp import AmqpPost
@@ -405,7 +405,7 @@ def _make_roots(keys: SiteKeys) -> None:
 
 def _facts(settings: Settings, keys: SiteSettings) -> SiteFacts:
     own = keys.carrier in ("embedded", "local")
-    by_mail = keys.carrier == "amqp"
+    by_mail = keys.carrier in BY_MAIL
     docker_host = settings.container.docker_host or (os.environ.get("DOCKER_HOST", "") if own else "")
     return SiteFacts(
         name=keys.name,

@@ -26,6 +26,9 @@ from tesp_api.errors import SettingsError
 NOT_SETTINGS = frozenset({"settings_file", "require_services"})
 """TESP_ variables that mean something else."""
 
+BY_MAIL = frozenset({"amqp"})
+"""Carriers that speak to Pulsar by letters."""
+
 SHORTEST_LEASE_BY_MAIL = 20.0
 """Seconds."""
 
@@ -308,7 +311,7 @@ class Settings(Section):
             raise ValueError(
                 "pulsar.amqp_url: pulsar.url is set as well, and a Pulsar is reached in one way; unset one"
             )
-        by_mail = any(site.carrier == "amqp" for site in self.sites) if self.sites else bool(self.pulsar.amqp_url)
+        by_mail = any(site.carrier in BY_MAIL for site in self.sites) if self.sites else bool(self.pulsar.amqp_url)
         if by_mail and self.dispatch.lease < SHORTEST_LEASE_BY_MAIL:
             raise ValueError(
                 f"dispatch.lease: a site behind a broker needs {SHORTEST_LEASE_BY_MAIL:.0f} seconds or more"

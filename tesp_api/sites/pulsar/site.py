@@ -35,6 +35,9 @@ LEAVING: Final = (0.0, 0.01, 0.03, 0.06)
 AGAIN: Final = (0.05, 0.2, 0.5, 1.0)
 """Pauses in seconds after which it is seen whether a removed directory has stayed away."""
 
+SOON: Final = 3.0
+"""Seconds that a look at many jobs waits for the progress of one, where that takes an errand."""
+
 GONE_WITHIN: Final = 2.0
 """Seconds that a killed job has to clean up before its directory is taken away."""
 
@@ -116,6 +119,7 @@ class PulsarSite:
         self._launched_with: dict[str, int] = {}  # job id -> number of deliveries before its launch
         self._pulses: dict[str, _Pulse] = {}
         self._seen: dict[str, _Seen] = {}
+        self._looking: dict[str, asyncio.Task[job.Progress | None]] = {}
         self._on_the_way: set[str] = set()  # launched by mail, and not known to Pulsar yet
 
     async def __aenter__(self) -> Self:
@@ -125,9 +129,10 @@ class PulsarSite:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._delivery is not None:
-            self._delivery.cancel()
-            await asyncio.gather(self._delivery, return_exceptions=True)
+        under_way = [*self._looking.values(), *([self._delivery] if self._delivery is not None else [])]
+        for each in under_way:
+            each.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
         await self._carrier.__aexit__(kind, error, trace)
 
     # Submit
@@ -136,8 +141,11 @@ class PulsarSite:
         """See Site. A repeated submit asks first: only a job that is unknown or still being set up is sent again."""
         launch = messages.launch(plan, self._command_line)
         async with self._turns.turn(plan.job_id):
-            await self._deliver()
-            status = await self._status(plan.job_id)
+            try:
+                await self._deliver()
+                status = await self._status(plan.job_id)
+            except SiteUnavailable as error:
+                raise SiteUnavailable(str(error), unsent=plan.job_id not in self._launched_with) from error
             if status is None or status.state not in (LOST, "preprocessing"):
                 return
             self._launched_with[plan.job_id] = self._deliveries
@@ -223,9 +231,11 @@ class PulsarSite:
     async def _active(self, job_id: str, status: Status) -> Observation:
         if self._carrier.by_mail and status.state in WAITING:
             return Observation(job_id=job_id, phase=Phase.WAITING)
-        progress = await self._progress(job_id)
+        progress = await (self._latest(job_id) if self._carrier.by_mail else self._progress(job_id))
         result = None
-        if (progress is not None and progress.phase == "done") or self._is_still(job_id, progress):
+        # By mail the end is about to be told, with the result.
+        done = progress is not None and progress.phase == "done" and not self._carrier.by_mail
+        if done or self._is_still(job_id, progress):
             result = await self._result(job_id)
         if result is not None:
             return self._end(Observation(job_id=job_id, phase=Phase.ENDED, progress=progress, result=result))
@@ -286,6 +296,21 @@ class PulsarSite:
             now = time.monotonic()
             self._seen[job_id] = _Seen(progress, now, seen.first if seen is not None else now)
         return progress
+
+    async def _latest(self, job_id: str) -> job.Progress | None:
+        """The job's progress as far as known soon: an errand can be long on its way when there are many launches."""
+        look = self._looking.get(job_id)
+        if look is None:
+            look = self._looking[job_id] = asyncio.create_task(self._progress(job_id))
+            look.add_done_callback(lambda done: self._looked(job_id, done))
+        await asyncio.wait((look,), timeout=SOON)
+        seen = self._seen.get(job_id)
+        return seen.progress if seen is not None else None
+
+    def _looked(self, job_id: str, done: asyncio.Task[job.Progress | None]) -> None:
+        self._looking.pop(job_id, None)
+        if not done.cancelled() and (error := done.exception()) is not None:
+            log.debug("the progress of %s: %s", job_id, error)
 
     def _is_due(self, seen: _Seen) -> bool:
         """Whether to look again: early until the job has started, so that this is seen soon."""
