@@ -6,10 +6,13 @@ import asyncio
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from fastapi import FastAPI
@@ -134,11 +137,13 @@ def create_app(settings: Settings) -> FastAPI:
     """The web application, whose lifespan runs the whole service. Raises TespError for settings that cannot work."""
     service = build_service(settings)
     creates = Creates(service.store)
+    relay = _relay(service.mailbox, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with service.run(), creates.noting():
-            yield
+            with _before_the_stop(relay.close) if relay else nullcontext():
+                yield
 
     app = FastAPI(
         title="tesp-api",
@@ -161,6 +166,8 @@ def create_app(settings: Settings) -> FastAPI:
         )
     if "api" in settings.server.roles:
         _add_api(app, service, creates, settings)
+    if relay is not None:
+        relay.add_to(app.router)
     _add_health(app, service)
     return app
 
@@ -179,21 +186,44 @@ def _add_api(app: FastAPI, service: Service, creates: Creates, settings: Setting
     )
     for prefix in PREFIXES:
         app.include_router(api, prefix=prefix)
-    _add_relay(app, service.mailbox, settings)
     add_docs(app)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
 
 
-def _add_relay(app: FastAPI, mailbox: Mailbox, settings: Settings) -> None:
+def _relay(mailbox: Mailbox, settings: Settings) -> relay_api.Relay | None:
     """The calls of Pulsars that log in here, if there are to be such."""
     managers: dict[tuple[str, str], list[Manager]] = {}
     for keys in _all_site_settings(settings):
         if keys.carrier == "relay":
             managers.setdefault((keys.relay_account, keys.relay_password), []).append(_manager(keys))
-    if managers:
-        accounts = [relay_api.Account(user, password, each) for (user, password), each in managers.items()]
-        max_body = int(settings.server.max_body_mb * (1 << 20))
-        relay_api.Relay(mailbox, accounts, max_body=max_body).add_to(app.router)
+    if not managers or "api" not in settings.server.roles:
+        return None
+    accounts = [relay_api.Account(user, password, each) for (user, password), each in managers.items()]
+    return relay_api.Relay(mailbox, accounts, max_body=int(settings.server.max_body_mb * (1 << 20)))
+
+
+@contextmanager
+def _before_the_stop(do: Callable[[], None]) -> Iterator[None]:
+    """Have something done when the process is asked to stop: the server waits for open requests before it tells us."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(do)
+        if callable(handler := former[signal.Signals(number)]):
+            handler(number, frame)
+
+    taken = [number for number, handler in former.items() if callable(handler)]
+    for number in taken:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, former[number])
 
 
 def _manager(keys: SiteSettings) -> Manager:

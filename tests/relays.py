@@ -36,7 +36,7 @@ def relay_app(mailbox: Mailbox, *accounts: Account, **options: Any) -> FastAPI:
     """An application with nothing but the relay."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     problems.install(app)
-    Relay(mailbox, accounts or (ACCOUNT,), **{"penalty": 0.01, **options}).add_to(app.router)
+    Relay(mailbox, accounts or (ACCOUNT,), **{"penalty": 0.01, "settle": 0.0, **options}).add_to(app.router)
     return app
 
 
