@@ -39,7 +39,10 @@ from tesp_api.runner.job import FileRoot, Runtime
 from tesp_api.settings import Settings, SiteKeys, SiteSettings
 from tesp_api.sites import Site, SiteFacts
 from tesp_api.sites.local import LocalSite
+from tesp_api.sites.pulsar.amqp import AmqpPost
 from tesp_api.sites.pulsar.embedded import EmbeddedSite
+from tesp_api.sites.pulsar.mail import MailCarrier
+from tesp_api.sites.pulsar.relay import RelayPost
 from tesp_api.sites.pulsar.rest import RestCarrier
 from tesp_api.sites.pulsar.site import PulsarSite
 from tesp_api.store import TaskStore
@@ -52,6 +55,9 @@ log = logging.getLogger(__name__)
 
 SQLITE_FILE = "tasks.sqlite"
 """The embedded store, in server.data_dir."""
+
+CALM = 30.0
+"""The least `poll_interval` in seconds where Pulsar tells of the ends of jobs itself, and a look at a file is dear."""
 
 STOP_WITHIN = 5.0
 """Seconds that work under way may take when the service stops; what is cut off comes back with its lease."""
@@ -342,6 +348,8 @@ def _all_site_settings(settings: Settings) -> tuple[SiteSettings, ...]:
         return settings.sites
     if settings.pulsar.url:
         return (SiteSettings(name="pulsar", carrier="rest", **_keys(settings.pulsar)),)
+    if settings.pulsar.amqp_url:
+        return (SiteSettings(name="pulsar", carrier="amqp", **_keys(settings.pulsar)),)
     return (SiteSettings(name="embedded", carrier="embedded", **_keys(settings.embedded)),)
 
 
@@ -356,13 +364,21 @@ def _sites(settings: Settings, mailbox: Mailbox) -> list[Site]:
 def _site(settings: Settings, mailbox: Mailbox, keys: SiteSettings) -> Site:
     bundle = build()
     facts = _facts(settings, keys)
-    if keys.carrier != "rest":
+    if keys.carrier in ("embedded", "local"):
         _make_roots(keys)
     directory = settings.server.data_dir.absolute()
     if keys.carrier == "local":
         return LocalSite(facts, directory / "sites" / keys.name, bundle)
     if keys.carrier == "embedded":
         return EmbeddedSite(facts, directory / "sites" / keys.name if settings.sites else directory / "pulsar", bundle)
+    if keys.carrier == "amqp":
+        post = AmqpPost(
+            keys.amqp_url, manager=keys.manager, key_prefix=keys.amqp_key_prefix, timeout=keys.client_timeout
+        )
+        return PulsarSite(facts, MailCarrier(post, timeout=keys.client_timeout), bundle)
+    if keys.carrier == "relay":
+        relay_post = RelayPost(mailbox, _manager(keys))
+        return PulsarSite(facts, MailCarrier(relay_post, timeout=keys.client_timeout), bundle)
     carrier = RestCarrier(
         keys.url, private_token=keys.private_token or None, manager=keys.manager or None, timeout=keys.client_timeout
     )
@@ -385,6 +401,7 @@ def _make_roots(keys: SiteKeys) -> None:
 
 def _facts(settings: Settings, keys: SiteSettings) -> SiteFacts:
     own = keys.carrier in ("embedded", "local")
+    by_mail = keys.carrier in ("amqp", "relay")
     docker_host = settings.container.docker_host or (os.environ.get("DOCKER_HOST", "") if own else "")
     return SiteFacts(
         name=keys.name,
@@ -400,8 +417,12 @@ def _facts(settings: Settings, keys: SiteSettings) -> SiteFacts:
             pull=settings.container.pull,
         ),
         log_bytes=settings.container.log_bytes,
-        patience=keys.status.poll_interval * keys.status.max_polls,
-        poll_interval=keys.status.poll_interval,
-        first_look=2.0 if own else 0.1,  # ours tell of their jobs by themselves
+        patience=max(keys.status.poll_interval * keys.status.max_polls, 4 * CALM if by_mail else 0.0),
+        poll_interval=max(keys.status.poll_interval, CALM if by_mail else 0.0),
+        first_look=2.0
+        if own
+        else 1.0
+        if by_mail
+        else 0.1,  # ours tell of their jobs by themselves, and so does a broker
         cancel_grace=keys.cancel_grace,
     )

@@ -26,6 +26,12 @@ from tesp_api.errors import SettingsError
 NOT_SETTINGS = frozenset({"settings_file", "require_services"})
 """TESP_ variables that mean something else."""
 
+BY_MAIL = ("amqp", "relay")
+"""Carriers that speak by letters."""
+
+SHORTEST_LEASE_BY_MAIL = 20.0
+"""Seconds."""
+
 Origins = dict[tuple[str, ...], str]
 """Which variable a setting came from, by the setting's path."""
 
@@ -51,6 +57,22 @@ def _web(text: str) -> str:
 
 def _web_or_nothing(text: str) -> str:
     return _web(text) if text else text
+
+
+def _broker_or_nothing(text: str) -> str:
+    if text and not _is_broker(text):
+        raise ValueError("must be amqp:// or amqps:// with a host")
+    return text
+
+
+def _is_broker(text: str) -> bool:
+    if not text.isprintable() or " " in text:
+        return False
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("amqp", "amqps") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _contact(text: str) -> str:
@@ -162,10 +184,11 @@ class SiteKeys(Section):
 
 
 class Pulsar(SiteKeys):
-    """One Pulsar behind a REST address."""
+    """One Pulsar behind a REST address, or behind a message broker."""
 
     url: OptionalWebUrl = ""
-    amqp_url: str = ""
+    amqp_url: Annotated[str, AfterValidator(_broker_or_nothing)] = Field(default="", repr=False)
+    amqp_key_prefix: str = Field(default="", pattern="^[A-Za-z0-9_.-]{0,100}$")
     private_token: str = ""
     manager: str = ""
     client_timeout: float = Field(default=30.0, gt=0)
@@ -179,7 +202,7 @@ class SiteSettings(Pulsar):
     """One of several sites."""
 
     name: str = Field(pattern="^[A-Za-z0-9_.-]{1,64}$")
-    carrier: Literal["rest", "relay", "embedded", "local"]
+    carrier: Literal["rest", "amqp", "relay", "embedded", "local"]
     relay_user: str = ""
     relay_password: str = Field(default="", repr=False)
     relay_topic_prefix: str = Field(default="", pattern="^[A-Za-z0-9_-]{0,64}$")
@@ -269,7 +292,25 @@ class Settings(Section):
         for index, site in enumerate(self.sites):
             if site.carrier == "rest" and not site.url:
                 raise ValueError(f"sites.{index}.url: the carrier rest needs the address of its Pulsar")
+            if site.carrier == "amqp" and not site.amqp_url:
+                raise ValueError(f"sites.{index}.amqp_url: the carrier amqp needs the address of its broker")
         self._check_relays()
+        return self
+
+    @model_validator(mode="after")
+    def _letters_take_their_time(self) -> Self:
+        """What needs an errand at a Pulsar that is reached by letters must fit into a fraction of a lease."""
+        if not self.sites and self.pulsar.url and self.pulsar.amqp_url:
+            raise ValueError(
+                "pulsar.amqp_url: pulsar.url is set as well, and a Pulsar is reached in one way; unset one"
+            )
+        by_mail = (
+            any(site.carrier in ("amqp", "relay") for site in self.sites) if self.sites else bool(self.pulsar.amqp_url)
+        )
+        if by_mail and self.dispatch.lease < SHORTEST_LEASE_BY_MAIL:
+            raise ValueError(
+                f"dispatch.lease: a site by {' or '.join(BY_MAIL)} needs {SHORTEST_LEASE_BY_MAIL:.0f} seconds or more"
+            )
         return self
 
     def _check_relays(self) -> None:
@@ -292,7 +333,6 @@ class Settings(Section):
     def _only_what_works(self) -> Self:
         """A setting that this release cannot fulfil must not be taken in silence, least of all one that protects."""
         missing = {
-            "pulsar.amqp_url": bool(self.pulsar.amqp_url) or any(site.amqp_url for site in self.sites),
             "basic_auth.enable": self.basic_auth.enable,
             "oauth.enable": self.oauth.enable,
         }

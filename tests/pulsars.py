@@ -36,7 +36,7 @@ def new_plan(*command: str, wishes: str = "task", job_id: str = "", inputs: Sequ
     )
 
 
-async def until(look: Callable[[], Awaitable[T | None]], what: str, *, within: float = 20.0) -> T:
+async def until(look: Callable[[], Awaitable[T | None]], what: str, *, within: float = 60.0) -> T:
     """Look again and again until there is something; fails after a while."""
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
@@ -46,7 +46,7 @@ async def until(look: Callable[[], Awaitable[T | None]], what: str, *, within: f
     raise AssertionError(f"waited {within:.0f} s for: {what}")
 
 
-async def phase(site: Site, job_id: str, *wanted: Phase, within: float = 20.0) -> Observation:
+async def phase(site: Site, job_id: str, *wanted: Phase, within: float = 60.0) -> Observation:
     """The first observation of the job in one of these phases."""
 
     async def look() -> Observation | None:
@@ -66,7 +66,7 @@ async def running(site: Site, job_id: str) -> Observation:
     return await until(look, f"{job_id} running")
 
 
-async def ended(site: Site, job_id: str, *, within: float = 20.0) -> Observation:
+async def ended(site: Site, job_id: str, *, within: float = 60.0) -> Observation:
     """The job with its result."""
 
     async def look() -> Observation | None:
@@ -85,13 +85,13 @@ async def forgotten(site: Site, job_id: str) -> None:
     await until(look, f"{job_id} forgotten")
 
 
-async def exists(path: Path, *, within: float = 20.0) -> None:
+async def exists(path: Path) -> None:
     """Wait for a file with something in it."""
 
     async def look() -> bool:
         return path.exists() and path.stat().st_size > 0
 
-    await until(look, str(path), within=within)
+    await until(look, str(path))
 
 
 def free_port() -> int:
@@ -150,6 +150,52 @@ class PulsarServer:
         """End it."""
         if self.process is not None and self.process.poll() is None:
             self.kill()
+
+    def log(self) -> str:
+        """What it has written."""
+        return (self.directory / "log").read_text("utf-8", "replace")
+
+
+DOCKER = Path(__file__).parent.parent / "docker" / "pulsar"
+
+
+class PulsarMain:
+    """A `pulsar-main`, which listens on no port but takes its jobs elsewhere; it can be killed and started again.
+
+    `config` is one of the app.yml in docker/pulsar, with what stands for its `@NAMES@`.
+    """
+
+    def __init__(self, directory: Path, config: str, **names: str) -> None:
+        self.directory, self.staging = directory, directory / "staging"
+        self.process: subprocess.Popen[bytes] | None = None
+        directory.mkdir(parents=True, exist_ok=True)
+        text = (DOCKER / config).read_text()
+        for name, value in {"STAGING": str(directory), **names}.items():
+            text = text.replace(f"@{name}@", value)
+        (directory / "app.yml").write_text(text)
+
+    def start(self) -> None:
+        """Start it; nobody can tell when it is ready but by its answers."""
+        environment = {"HOME": str(self.directory), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "pulsar.main", "-c", str(self.directory)),
+                    *("--app_conf_path", str(self.directory / "app.yml")),
+                ],
+                cwd=self.directory,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def kill(self) -> None:
+        """kill -9 it, but not its jobs."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
 
     def log(self) -> str:
         """What it has written."""

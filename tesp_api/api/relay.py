@@ -54,7 +54,7 @@ KEY_LENGTH: Final = 200
 TOKEN_LENGTH: Final = 2000
 
 LONGEST_POLL: Final = 60.0
-LOOK_EVERY: Final = 1.0
+LOOK_EVERY: Final = 0.5
 """Seconds between two looks into the store: another process may have put a letter."""
 
 SETTLE: Final = 2.0
@@ -113,7 +113,7 @@ class Relay:
     """The calls, each a handler.
 
     `max_body` is the limit for a message in bytes. `penalty` are the seconds that a failed login waits for its answer,
-    `body_within` those that a body may take to arrive; `settle`: see SETTLE.
+    `body_within` those that a body may take to arrive; `settle`, `look_every`: see SETTLE, LOOK_EVERY.
     """
 
     def __init__(
@@ -125,6 +125,7 @@ class Relay:
         penalty: float = 1.0,
         body_within: float = 60.0,
         settle: float = SETTLE,
+        look_every: float = LOOK_EVERY,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._mailbox = mailbox
@@ -133,6 +134,7 @@ class Relay:
         self._penalty = penalty
         self._body_within = body_within
         self._settle = settle
+        self._look_every = look_every
         self._closing = False
         self._clock = clock
         self._failing: Counter[str] = Counter()
@@ -235,7 +237,7 @@ class Relay:
                         return letters
                     if (rest := until - loop.time()) <= 0:
                         return []
-                    await rung(bell, min(rest, early if early > 0 else LOOK_EVERY))
+                    await rung(bell, min(rest, early if early > 0 else self._look_every))
         finally:
             leaving.cancel()
             making_room.cancel()

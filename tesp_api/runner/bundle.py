@@ -13,7 +13,7 @@ FILE_NAME = "runner.pyz"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip file can say
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _PACKAGE = "tesp_api/runner"
-_NOT_SHIPPED = {"boot.py", "bundle.py"}
+_NOT_SHIPPED = {"boot.py", "bundle.py", "messenger.py"}
 _UNCHECKED_HASH = 1  # PEP 552: a .pyc tied to its source by hash, which the importer trusts without a look
 
 

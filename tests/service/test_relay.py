@@ -19,8 +19,8 @@ from tesp_api.sites.pulsar.relay import RelayPost
 from tesp_api.store.mongo import MongoStore
 from tesp_api.store.sqlite import SqliteStore
 from tests import mongod
-from tests.pulsars import exists, free_port, until
-from tests.relays import MANAGER, RelayPulsar, relay_app, served
+from tests.pulsars import PulsarMain, exists, free_port, until
+from tests.relays import MANAGER, relay_app, relay_pulsar, served
 from tests.support import require
 
 pytestmark = pytest.mark.service
@@ -40,10 +40,10 @@ def port() -> int:
 
 
 @pytest.fixture
-def pulsar(tmp_path: Path, port: int) -> Iterator[RelayPulsar]:
-    server = RelayPulsar(tmp_path / "pulsar", f"http://127.0.0.1:{port}")
+def pulsar(tmp_path: Path, port: int) -> Iterator[PulsarMain]:
+    server = relay_pulsar(tmp_path / "pulsar", f"http://127.0.0.1:{port}")
     yield server
-    server.stop()
+    server.kill()
 
 
 def setup(job_id: str, command_line: str) -> dict[str, object]:
@@ -74,7 +74,7 @@ async def ends(post: RelayPost, *job_ids: str) -> dict[str, Any]:
     return found
 
 
-def test_a_job_is_set_up_tells_of_its_end_and_answers(tmp_path: Path, pulsar: RelayPulsar, port: int) -> None:
+def test_a_job_is_set_up_tells_of_its_end_and_answers(tmp_path: Path, pulsar: PulsarMain, port: int) -> None:
     async def main() -> None:
         async with SqliteStore(tmp_path / "s") as store, served(relay_app(store.mail, settle=SETTLE), port):
             post = RelayPost(store.mail, MANAGER)
@@ -95,12 +95,12 @@ def test_a_job_is_set_up_tells_of_its_end_and_answers(tmp_path: Path, pulsar: Re
             async def all_passed() -> bool:
                 return not await store.mail.read(MANAGER.outbox)
 
-            await until(all_passed, "all letters acknowledged", within=LONG)
+            await until(all_passed, "all letters acknowledged")
 
     asyncio.run(main())
 
 
-def test_a_kill_arrives_behind_its_job(tmp_path: Path, pulsar: RelayPulsar, port: int) -> None:
+def test_a_kill_arrives_behind_its_job(tmp_path: Path, pulsar: PulsarMain, port: int) -> None:
     witness = tmp_path / "began"
 
     async def main() -> None:
@@ -108,7 +108,7 @@ def test_a_kill_arrives_behind_its_job(tmp_path: Path, pulsar: RelayPulsar, port
             post = RelayPost(store.mail, MANAGER)
             pulsar.start()
             await post.send(SETUP, setup("long-1", f"sh -c 'echo x > {witness}; sleep 600'"))
-            await exists(witness, within=LONG)
+            await exists(witness)
             await post.send(KILL, {"job_id": "long-1"})
             await post.send(STATUS, {"job_id": "long-1"})
             assert (await ends(post, "long-1"))["long-1"]["status"] == "cancelled"
@@ -116,7 +116,7 @@ def test_a_kill_arrives_behind_its_job(tmp_path: Path, pulsar: RelayPulsar, port
     asyncio.run(main())
 
 
-def test_letters_of_both_sides_survive_the_end_of_the_relay(tmp_path: Path, pulsar: RelayPulsar, port: int) -> None:
+def test_letters_of_both_sides_survive_the_end_of_the_relay(tmp_path: Path, pulsar: PulsarMain, port: int) -> None:
     """It ends with a job under way and a letter that waits; Pulsar tells of the end when it is back."""
     release = tmp_path / "release"
 
@@ -127,7 +127,7 @@ def test_letters_of_both_sides_survive_the_end_of_the_relay(tmp_path: Path, puls
                 pulsar.start()
                 command = f"sh -c 'echo x > {tmp_path}/began; while [ ! -e {release} ]; do sleep 0.1; done; echo end'"
                 await post.send(SETUP, setup("one-1", command))
-                await exists(tmp_path / "began", within=LONG)
+                await exists(tmp_path / "began")
             await post.send(SETUP, setup("two-1", "echo waited"))
 
     async def second() -> None:
@@ -141,7 +141,7 @@ def test_letters_of_both_sides_survive_the_end_of_the_relay(tmp_path: Path, puls
 
 
 def test_letters_in_the_hand_of_a_pulsar_that_is_killed_come_again(
-    tmp_path: Path, pulsar: RelayPulsar, port: int
+    tmp_path: Path, pulsar: PulsarMain, port: int
 ) -> None:
     """It has saved its cursor behind all of them, and worked on a few at most."""
     cursor = tmp_path / "pulsar" / "persist" / "_default_-relay-cursor.json"
@@ -158,7 +158,7 @@ def test_letters_in_the_hand_of_a_pulsar_that_is_killed_come_again(
             async def saved() -> bool:
                 return cursor.exists() and json.loads(cursor.read_text())["job_setup"].endswith(f"-{last}")
 
-            await until(saved, "the cursor behind the last letter", within=LONG)
+            await until(saved, "the cursor behind the last letter")
             pulsar.kill()
             assert len(list(pulsar.staging.glob("job*"))) < len(jobs), "it had worked on all of them"
             pulsar.start()
@@ -168,7 +168,7 @@ def test_letters_in_the_hand_of_a_pulsar_that_is_killed_come_again(
     asyncio.run(main())
 
 
-def test_what_one_replica_takes_another_passes_on(tmp_path: Path, pulsar: RelayPulsar, port: int) -> None:
+def test_what_one_replica_takes_another_passes_on(tmp_path: Path, pulsar: PulsarMain, port: int) -> None:
     async def main(uri: str) -> None:
         async with (
             MongoStore(uri) as ours,

@@ -29,6 +29,9 @@ HERE = frozenset({"progress.json", "result.json"})
 class Memory:
     """A carrier to one job of which everything is given."""
 
+    by_mail = False
+    file_pause = 0.0
+
     def __init__(self, status: Status | None, **files: object) -> None:
         self.answer, self.calls = status, list[str]()
         self.files = {f"{name}.json": documents.dump(value) for name, value in files.items() if value is not None}

@@ -86,7 +86,13 @@ def refused(
         ('[[default.sites]]\nname = "a"\ncarrier = "pigeon"', ["sites.0.carrier"]),
         ('[[default.sites]]\nname = "a"\ncarrier = "rest"\nrul = "x"', ["sites.0.rul", "url"]),
         ("[default.basic_auth]\nenable = true", ["basic_auth.enable", "does not have that yet"]),
-        ('[default.pulsar]\namqp_url = "amqp://u:p@h"', ["pulsar.amqp_url"]),
+        ('[default.pulsar]\namqp_url = "http://h"', ["pulsar.amqp_url: must be amqp:// or amqps:// with a host"]),
+        ('[default.pulsar]\namqp_url = "amqp://"', ["pulsar.amqp_url: must be"]),
+        ('[default.pulsar]\namqp_url = "amqp://h:x"', ["pulsar.amqp_url: must be"]),
+        ('[default.pulsar]\namqp_url = "amqp://h"\nurl = "http://h"', ["pulsar.amqp_url", "pulsar.url"]),
+        ('[default.pulsar]\namqp_url = "amqp://h"\namqp_key_prefix = "a b"', ["pulsar.amqp_key_prefix"]),
+        ('[default.pulsar]\namqp_url = "amqp://h"\n[default.dispatch]\nlease = 19', ["dispatch.lease", "20 seconds"]),
+        ('[[default.sites]]\nname = "a"\ncarrier = "amqp"', ["sites.0.amqp_url"]),
         ("[default.server]\nroles = []", ["server.roles"]),
         ('[default.server]\nroles = ["api", "db"]', ["server.roles"]),
         ("[default\n", ["cannot be read"]),
@@ -103,7 +109,10 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path: Path, text: str, words: li
 def test_secrets_are_not_in_the_message(tmp_path: Path) -> None:
     file = written(tmp_path, '[default.pulsar]\nprivate_token = ["t0p-s3cret"]\n')
     assert "s3cret" not in refused(file)
-    assert "s3cret" not in refused(written(tmp_path, '[default.pulsar]\namqp_url = "amqp://u:s3cret@h"'))
+    assert "s3cret" not in refused(written(tmp_path, '[default.pulsar]\namqp_url = "amq://u:s3cret@h"'))
+    for text in ('amqp_url = "amqp://u:s3cret@h"\nurl = "http://h"', 'amqp_url = "amqp://u:s3cret@h:99999"'):
+        assert "s3cret" not in refused(written(tmp_path, f"[default.pulsar]\n{text}\n"))
+    assert "s3cret" not in repr(load(written(tmp_path, '[default.pulsar]\namqp_url = "amqp://u:s3cret@h"\n'), {}))
 
 
 def test_profiles(tmp_path: Path) -> None:

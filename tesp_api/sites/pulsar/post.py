@@ -32,6 +32,10 @@ class Post(Protocol):
         """JSON documents that Pulsar writes, for ever; each at least once. One is given back to nobody as soon as the
         next is asked for: until then it survives a crash of ours."""
 
+    def copies(self) -> AsyncIterator[object] | None:
+        """The same documents as they come, for each process that listens, to wake who waits for an answer; none of them
+        is kept for anybody. None: there are no copies, because `letters` brings this process what it waits for."""
+
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(

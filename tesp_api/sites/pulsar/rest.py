@@ -59,6 +59,9 @@ class RestCarrier:
     `manager` is the Pulsar manager's name if it is not the default one. `gate` is awaited before each request.
     """
 
+    by_mail = False
+    file_pause = 0.0
+
     def __init__(
         self,
         url: str = "http://pulsar",

@@ -40,7 +40,18 @@ GONE_WITHIN: Final = 2.0
 
 
 class Carrier(Protocol):
-    """A way to reach one Pulsar manager. An async context; errors are SiteUnavailable and SiteRefused."""
+    """A way to reach one Pulsar manager. An async context; errors are SiteUnavailable and SiteRefused.
+
+    `by_mail`: it speaks by letters, which wait where Pulsar is slow or away. What is launched may be unknown for a
+    while, ends are told unasked, and files are dear. `file_pause`: seconds from one look at the progress of a running
+    job to the next, 0 where looking is cheap.
+    """
+
+    @property
+    def by_mail(self) -> bool: ...
+
+    @property
+    def file_pause(self) -> float: ...
 
     async def deliver(self, runner: Bundle, *, again: bool) -> None:
         """See to it that the runner lies at the site. `again`: it was found missing or damaged, so send it anew."""
@@ -81,6 +92,15 @@ class _Pulse:
     since: float
 
 
+@dataclass
+class _Seen:
+    """The latest progress of a job where looking is dear, when it was fetched, and when the first one was."""
+
+    progress: job.Progress | None
+    at: float
+    first: float
+
+
 class PulsarSite:
     """One Pulsar manager. `runner` is delivered before the first job, and again when it is found missing."""
 
@@ -90,11 +110,13 @@ class PulsarSite:
         self._runner = runner
         self._command_line = command(runner.sha256)
         self._turns = _Turns()
-        self._delivery = asyncio.Lock()
+        self._delivery: asyncio.Task[None] | None = None
         self._delivered = False
         self._deliveries = 0
         self._launched_with: dict[str, int] = {}  # job id -> number of deliveries before its launch
         self._pulses: dict[str, _Pulse] = {}
+        self._seen: dict[str, _Seen] = {}
+        self._on_the_way: set[str] = set()  # launched by mail, and not known to Pulsar yet
 
     async def __aenter__(self) -> Self:
         await self._carrier.__aenter__()
@@ -103,6 +125,9 @@ class PulsarSite:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._delivery is not None:
+            self._delivery.cancel()
+            await asyncio.gather(self._delivery, return_exceptions=True)
         await self._carrier.__aexit__(kind, error, trace)
 
     # Submit
@@ -112,18 +137,38 @@ class PulsarSite:
         launch = messages.launch(plan, self._command_line)
         async with self._turns.turn(plan.job_id):
             await self._deliver()
-            status = await self._carrier.status(plan.job_id)
+            status = await self._status(plan.job_id)
             if status is None or status.state not in (LOST, "preprocessing"):
                 return
             self._launched_with[plan.job_id] = self._deliveries
             await self._carrier.launch(launch)
+            if self._carrier.by_mail and status.state == LOST:
+                self._on_the_way.add(plan.job_id)
 
     async def _deliver(self) -> None:
-        async with self._delivery:
-            if not self._delivered:
-                await self._carrier.deliver(self._runner, again=self._deliveries > 0)
-                self._delivered = True
-                self._deliveries += 1
+        """One delivery for all who need it; one who gives up waiting does not break it off."""
+        if self._delivered:
+            return
+        if self._delivery is None:
+            self._delivery = asyncio.create_task(self._deliver_once())
+        await asyncio.shield(self._delivery)
+
+    async def _deliver_once(self) -> None:
+        try:
+            await self._carrier.deliver(self._runner, again=self._deliveries > 0)
+            self._delivered = True
+            self._deliveries += 1
+        finally:
+            self._delivery = None
+
+    async def _status(self, job_id: str) -> Status | None:
+        status = await self._carrier.status(job_id)
+        self._hear(job_id, status)
+        return status
+
+    def _hear(self, job_id: str, status: Status | None) -> None:
+        if status is not None and status.state != LOST:
+            self._on_the_way.discard(job_id)
 
     def _suspect_runner(self, job_id: str) -> None:
         """A job could not start the runner: deliver it anew, unless that was done since the job's launch."""
@@ -155,7 +200,7 @@ class PulsarSite:
     async def _look(self, job_id: str) -> Observation:
         if not messages.JOB_ID.fullmatch(job_id):
             return Observation(job_id=job_id, phase=Phase.UNKNOWN, detail="No Pulsar can have a job of this name.")
-        return await self._observation(job_id, await self._carrier.status(job_id))
+        return await self._observation(job_id, await self._status(job_id))
 
     async def _observation(self, job_id: str, status: Status | None) -> Observation:
         """What follows from Pulsar's words and the files in the job directory."""
@@ -176,6 +221,8 @@ class PulsarSite:
         )
 
     async def _active(self, job_id: str, status: Status) -> Observation:
+        if self._carrier.by_mail and status.state in WAITING:
+            return Observation(job_id=job_id, phase=Phase.WAITING)
         progress = await self._progress(job_id)
         result = None
         if (progress is not None and progress.phase == "done") or self._is_still(job_id, progress):
@@ -193,10 +240,10 @@ class PulsarSite:
         if result is not None:
             return self._end(Observation(job_id=job_id, phase=Phase.ENDED, result=result, exit_code=code))
         progress = await self._progress(job_id) if _listed(status, PROGRESS) else None
-        if code == job.EXIT_DUPLICATE:
+        if code == job.EXIT_DUPLICATE and not (self._carrier.by_mail and _is_fresh(progress)):
             # The second of two launches stood back; Pulsar takes its end for the end of both.
             return Observation(job_id=job_id, phase=Phase.RUNNING, progress=progress, exit_code=code)
-        believed = documents.exit_code(code, progress)
+        believed = documents.exit_code(code if code != job.EXIT_DUPLICATE else None, progress)
         if not documents.begun(progress) and believed in (1, job.EXIT_NO_RUNNER, job.EXIT_DAMAGED_RUNNER):
             self._suspect_runner(job_id)
         return Observation(
@@ -218,6 +265,8 @@ class PulsarSite:
             return Observation(
                 job_id=job_id, phase=Phase.RUNNING, progress=progress, detail="Pulsar has lost sight of this job."
             )
+        if job_id in self._on_the_way:  # its launch is kept until Pulsar takes it; how long, patience decides
+            return Observation(job_id=job_id, phase=Phase.RUNNING, detail="Pulsar has not taken the job yet.")
         return Observation(job_id=job_id, phase=Phase.UNKNOWN)
 
     async def _by_files(self, job_id: str, detail: str) -> Observation:
@@ -227,8 +276,23 @@ class PulsarSite:
             return self._end(Observation(job_id=job_id, phase=Phase.ENDED, progress=progress, result=result))
         return Observation(job_id=job_id, phase=Phase.RUNNING, progress=progress, detail=detail)
 
-    async def _progress(self, job_id: str) -> job.Progress | None:
-        return documents.progress(await self._carrier.fetch(job_id, PROGRESS, documents.PROGRESS_BYTES), job_id)
+    async def _progress(self, job_id: str, *, fresh: bool = False) -> job.Progress | None:
+        """The job's progress; where looking is dear, that of the last look unless a new one is due or must be."""
+        seen = self._seen.get(job_id)
+        if seen is not None and not fresh and not self._is_due(seen):
+            return seen.progress
+        progress = documents.progress(await self._carrier.fetch(job_id, PROGRESS, documents.PROGRESS_BYTES), job_id)
+        if self._carrier.file_pause:
+            now = time.monotonic()
+            self._seen[job_id] = _Seen(progress, now, seen.first if seen is not None else now)
+        return progress
+
+    def _is_due(self, seen: _Seen) -> bool:
+        """Whether to look again: early until the job has started, so that this is seen soon."""
+        now, pause = time.monotonic(), self._carrier.file_pause
+        if seen.progress is None or seen.progress.started is None:
+            pause = min(pause, max(0.5, 0.2 * (now - seen.first)))
+        return now - seen.at >= pause
 
     async def _result(self, job_id: str) -> job.Result | None:
         return documents.result(await self._carrier.fetch(job_id, RESULT, documents.RESULT_BYTES), job_id)
@@ -239,16 +303,49 @@ class PulsarSite:
         if pulse is None or pulse.beat != beat:
             self._pulses[job_id] = _Pulse(beat, now)
             return False
-        return now - pulse.since > STILL
+        return now - pulse.since > STILL + 2 * self._carrier.file_pause
 
     def _end(self, seen: Observation) -> Observation:
         self._pulses.pop(seen.job_id, None)
+        self._seen.pop(seen.job_id, None)
         return seen
 
     async def updates(self) -> AsyncIterator[Observation]:
         """See Site."""
-        async for job_id, status in self._carrier.updates():
-            yield await self._observation(job_id, status)
+        looks: asyncio.Queue[tuple[Observation, asyncio.Event]] = asyncio.Queue()
+        listening = asyncio.create_task(self._listen(looks))
+        try:
+            while (update := await _next(looks, listening)) is not None:
+                seen, taken = update
+                yield seen
+                taken.set()
+        finally:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+
+    async def _listen(self, looks: asyncio.Queue[tuple[Observation, asyncio.Event]]) -> None:
+        """Put what Pulsar tells into the queue, each until it is taken. What must be looked up first, which may take
+        another letter of Pulsar's, is looked up beside that; if the service dies meanwhile, polling finds it too."""
+        async with asyncio.TaskGroup() as beside:
+            async for job_id, status in self._carrier.updates():
+                self._hear(job_id, status)
+                seen = _told(job_id, status)
+                if seen is None:
+                    beside.create_task(self._look_up(job_id, status, looks))
+                    continue
+                taken = asyncio.Event()
+                looks.put_nowait((self._end(seen), taken))
+                await taken.wait()
+
+    async def _look_up(
+        self, job_id: str, status: Status, looks: asyncio.Queue[tuple[Observation, asyncio.Event]]
+    ) -> None:
+        try:
+            looks.put_nowait((await self._observation(job_id, status), asyncio.Event()))
+        except SiteError as error:
+            log.debug("%s: %s", job_id, error)
+        except Exception:
+            log.exception("looking at %s failed", job_id)
 
     # Cancel and forget
 
@@ -256,12 +353,34 @@ class PulsarSite:
         """See Site. The answer reaches also a job that Pulsar cannot kill yet: its runner starts nothing then."""
         messages.check_id(job_id)
         async with self._turns.turn(job_id):  # a submit under way must not slip past its cancel
-            status = await self._carrier.status(job_id)
-            if status is not None and (status.state in ENDED or status.state == LOST):
+            status = await self._status(job_id)
+            if status is not None and status.state in ENDED:
                 return
-            await self._carrier.put(job_id, ANSWER, JOBDIR, documents.dump(job.Answer(cancel=True)))
-            if force and not await self._is_done(job_id, status):
-                await self._carrier.kill(job_id)
+            if status is not None and status.state == LOST and not await self._may_run(job_id, status):
+                return
+            done, told = await asyncio.gather(
+                self._is_done(job_id, status) if force else _no(), self._stop(job_id), return_exceptions=True
+            )
+            wrong = [each for each in (told, done) if isinstance(each, BaseException)]
+            if force and done is not True and (self._carrier.by_mail or not wrong):
+                await self._carrier.kill(job_id)  # by mail in any case: the node may be too full for an errand
+            if wrong:
+                raise wrong[0]
+
+    async def _may_run(self, job_id: str, status: Status) -> bool:
+        """Whether a job that Pulsar does not know may run all the same: it is on the way, or outlived Pulsar's death.
+
+        What an earlier process launched may be on the way, too; after a clean it runs nothing.
+        """
+        if not self._carrier.by_mail:
+            return False
+        if status.left or job_id in self._on_the_way:
+            return True
+        await self._carrier.clean(job_id)
+        return False
+
+    async def _stop(self, job_id: str) -> None:
+        await self._carrier.put(job_id, ANSWER, JOBDIR, documents.dump(job.Answer(cancel=True)))
 
     async def forget(self, job_id: str, *, force: bool = False) -> bool:
         """See Site."""
@@ -276,6 +395,8 @@ class PulsarSite:
             else:
                 await self._carrier.clean(job_id)
         self._pulses.pop(job_id, None)
+        self._seen.pop(job_id, None)
+        self._on_the_way.discard(job_id)
         self._launched_with.pop(job_id, None)
         return True
 
@@ -284,7 +405,7 @@ class PulsarSite:
         for pause in AGAIN:
             await self._carrier.clean(job_id)
             await asyncio.sleep(pause)
-            status = await self._carrier.status(job_id)
+            status = await self._status(job_id)
             if status is None or not status.left:
                 return
 
@@ -293,7 +414,7 @@ class PulsarSite:
         for pause in LEAVING:
             if pause:
                 await asyncio.sleep(pause)
-            status = await self._carrier.status(job_id)
+            status = await self._status(job_id)
             # Only a job about to leave is worth a wait, and each question moves Pulsar's post-processing on.
             if not _is_active(status) or (status is not None and status.state in WAITING):
                 break
@@ -303,16 +424,16 @@ class PulsarSite:
         """Without a kill the directory would go and the process stay; and the dead runner's reaper still needs it."""
         if status is None or await self._is_done(job_id, status):
             return  # a restarted Pulsar says `running` for ever, and a kill would hit an old process id
-        await self._carrier.put(job_id, ANSWER, JOBDIR, documents.dump(job.Answer(cancel=True)))
+        await self._stop(job_id)
         await self._carrier.kill(job_id)
         if status.state not in RUNNING:
             return
         deadline = time.monotonic() + GONE_WITHIN
         while time.monotonic() < deadline:
-            progress = await self._progress(job_id)
+            progress = await self._progress(job_id, fresh=True)
             if not documents.begun(progress) or (progress is not None and progress.phase == "done"):
                 return
-            seen = await self._carrier.status(job_id)
+            seen = await self._status(job_id)
             if seen is not None and seen.metadata is not None and RESULT in seen.metadata:
                 return
             await asyncio.sleep(0.1)
@@ -321,8 +442,41 @@ class PulsarSite:
         """Whether the runner has left its result, whatever Pulsar says."""
         if status is None or status.state == "preprocessing":
             return False
-        progress = await self._progress(job_id)
+        progress = await self._progress(job_id, fresh=True)
         return progress is not None and progress.phase == "done"
+
+
+async def _no() -> bool:
+    return False
+
+
+async def _next(
+    looks: asyncio.Queue[tuple[Observation, asyncio.Event]], listening: asyncio.Task[None]
+) -> tuple[Observation, asyncio.Event] | None:
+    """The next update; None once there are no more. The listener's error, if it has one."""
+    waiting = asyncio.create_task(looks.get())
+    try:
+        await asyncio.wait((waiting, listening), return_when=asyncio.FIRST_COMPLETED)
+        if waiting.done():
+            return waiting.result()
+        await listening
+        return None if looks.empty() else looks.get_nowait()
+    finally:
+        waiting.cancel()
+
+
+def _told(job_id: str, status: Status) -> Observation | None:
+    """What follows from Pulsar's words alone, or None if more must be looked up."""
+    result = documents.result(_bytes(status.result), job_id)
+    if result is None:
+        return None
+    code = status.returncode if status.state == "complete" else None
+    return Observation(job_id=job_id, phase=Phase.ENDED, result=result, exit_code=code)
+
+
+def _is_fresh(progress: job.Progress | None) -> bool:
+    """Whether no runner has touched the job's directory: a late launch of a job that was removed before it came."""
+    return progress is not None and progress.phase == "waiting"
 
 
 def _is_active(status: Status | None) -> bool:
