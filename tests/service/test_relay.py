@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-from collections.abc import Iterator
+import sqlite3
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from tesp_api.store.mongo import MongoStore
 from tesp_api.store.sqlite import SqliteStore
 from tests import mongod
 from tests.pulsars import PulsarMain, exists, free_port, until
-from tests.relays import MANAGER, relay_app, relay_pulsar, served
+from tests.relays import MANAGER, PASSWORD, USER, relay_app, relay_pulsar, served
+from tests.running import Service
+from tests.running import until as running_until
 from tests.support import require
 
 pytestmark = pytest.mark.service
@@ -185,3 +188,94 @@ def test_what_one_replica_takes_another_passes_on(tmp_path: Path, pulsar: Pulsar
     mongod.need()
     with mongod.database() as uri:
         asyncio.run(main(uri))
+
+
+# The whole service
+
+
+@pytest.fixture
+def serving(tmp_path: Path, port: int) -> Iterator[Callable[[], Service]]:
+    """Starts the service whose one site is the Pulsar at its relay, always on the same port."""
+    file = tmp_path / "settings.toml"
+    file.write_text(
+        f'[[default.sites]]\nname = "{USER}"\ncarrier = "relay"\nrelay_password = "{PASSWORD}"\nruntime = "host"\n'
+        f"file_roots = [{json.dumps(str(tmp_path))}]\n"
+    )
+    running = Service(tmp_path / "service")
+
+    def start() -> Service:
+        running.start("--port", str(port), "--settings", str(file))
+        return running
+
+    yield start
+    running.stop()
+
+
+def counted(tmp_path: Path, name: str, more: str = "") -> dict[str, Any]:
+    """A task that leaves a line in a file of that name each time it runs."""
+    script = f"echo ran >> {tmp_path}/{name}; {more} echo {name}"
+    return {"executors": [{"image": "none", "command": ["sh", "-c", script]}]}
+
+
+def test_a_task_at_a_pulsar_that_only_calls_out(
+    tmp_path: Path, serving: Callable[[], Service], pulsar: PulsarMain
+) -> None:
+    service = serving()
+    pulsar.start()
+    task = service.end(service.post(counted(tmp_path, "one")), LONG)
+    assert task["state"] == "COMPLETE", task
+    assert task["logs"][0]["logs"][0]["stdout"] == "one\n"
+    canceled = service.post(counted(tmp_path, "two", "sleep 600;"))
+    running_until(lambda: (tmp_path / "two").exists(), LONG, "the second task")
+    service.cancel(canceled)
+    assert service.end(canceled, LONG)["state"] == "CANCELED"
+    assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text() == "ran\n"
+    paths = service.http.get("/openapi.json").json()["paths"]
+    assert not [each for each in paths if "auth" in each or "messages" in each]
+    service.stop()
+    log = service.log.read_text()
+    assert "graceful shutdown exceeded" not in log, "the poll that was open held up the stop"
+    assert PASSWORD not in log
+
+
+def test_a_service_that_is_killed_loses_no_letter_that_waits(
+    tmp_path: Path, serving: Callable[[], Service], pulsar: PulsarMain
+) -> None:
+    service = serving()
+    tasks = [service.post(counted(tmp_path, f"task{number}")) for number in range(3)]
+
+    def waiting() -> int:
+        with sqlite3.connect(tmp_path / "service" / "data" / "tasks.sqlite") as db:
+            count: int = db.execute("SELECT count(*) FROM letter").fetchone()[0]
+        db.close()
+        return count
+
+    running_until(waiting, LONG, "a letter that waits")
+    service.kill()
+    before = waiting()
+    assert before > 0
+    service = serving()
+    assert waiting() >= before
+    pulsar.start()
+    for number, each in enumerate(tasks):
+        assert service.end(each, LONG)["state"] == "COMPLETE"
+        assert (tmp_path / f"task{number}").read_text() == "ran\n"
+
+
+def test_who_is_killed_while_tasks_run(tmp_path: Path, serving: Callable[[], Service], pulsar: PulsarMain) -> None:
+    """First Pulsar, then the service: each task runs once and tells of its end."""
+    service = serving()
+    pulsar.start()
+    release = tmp_path / "release"
+    wait = f"while [ ! -e {release} ]; do sleep 0.1; done;"
+    tasks = [service.post(counted(tmp_path, f"task{number}", wait)) for number in range(3)]
+    running_until(lambda: len(list(tmp_path.glob("task?"))) == 3, LONG, "all tasks")
+    pulsar.kill()
+    pulsar.start()
+    service.kill()
+    service = serving()
+    release.touch()
+    for number, each in enumerate(tasks):
+        task = service.end(each, LONG)
+        assert task["state"] == "COMPLETE", task
+        assert (tmp_path / f"task{number}").read_text() == "ran\n"
