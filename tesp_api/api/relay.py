@@ -35,7 +35,7 @@ from tesp_api.api.problems import BodyTooLarge
 from tesp_api.api.routes import Methods
 from tesp_api.api.tasks import read_body
 from tesp_api.api.views import Json
-from tesp_api.errors import Detail, InvalidRequest, MailboxFull
+from tesp_api.errors import Detail, InvalidRequest
 from tesp_api.relay import Manager, read_letter
 from tesp_api.store.mailbox import LETTER_BYTES, Letter, Mailbox, rung
 from tesp_api.task import rfc3339
@@ -260,10 +260,7 @@ class Relay:
         box = _box_of(topic, login.account)
         if len(text) > LETTER_BYTES:
             raise BodyTooLarge(f"The payload must not be larger than {LETTER_BYTES} bytes.")
-        try:
-            letter_id = await self._mailbox.put(box, text, key)
-        except MailboxFull as error:
-            raise HTTPException(503, str(error), {"Retry-After": "5"}) from error
+        letter_id = await self._mailbox.put(box, text, key)
         return Json({"message_id": str(letter_id), "topic": topic, "timestamp": rfc3339(self._clock())})
 
     async def _body(self, request: Request, limit: int) -> bytes:
