@@ -23,15 +23,16 @@ def main() -> None:
         bench.wait(client, task_id)
         bench.demand(client, task_id)
         for _ in range(given.r):
-            bare.append(given.n / _xargs(given.n, given.P))
-            ours.append(given.n / _burst(client, given.n))
+            bare.append(given.n / xargs(given.n, given.P))
+            ours.append(given.n / burst(client, given.n))
     print(bench.machine())
     print(f"xargs -P {given.P} docker run: {', '.join(f'{rate:.2f}' for rate in bare)} tasks/s")
     print(f"tesp-api, {given.P} jobs:      {', '.join(f'{rate:.2f}' for rate in ours)} tasks/s")
     print(f"ratio {sum(ours) / sum(bare):.2f} over {given.r} rounds of {given.n}; limit 0.80")
 
 
-def _xargs(count: int, parallel: int) -> float:
+def xargs(count: int, parallel: int) -> float:
+    """Seconds for so many bare containers."""
     start = time.perf_counter()
     lines = "\n".join(["true"] * count)
     command = ["xargs", "-P", str(parallel), "-n", "1", "docker", "run", "--rm", bench.IMAGE]
@@ -39,7 +40,8 @@ def _xargs(count: int, parallel: int) -> float:
     return time.perf_counter() - start
 
 
-def _burst(client: bench.httpx.Client, count: int) -> float:
+def burst(client: bench.httpx.Client, count: int) -> float:
+    """Seconds for so many no-op tasks, all COMPLETE."""
     start = time.perf_counter()
     with ThreadPoolExecutor(16) as pool:
         ids = list(pool.map(lambda _: bench.post(client), range(count)))

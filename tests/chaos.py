@@ -1,4 +1,4 @@
-"""What the crash suite is made of: several services on one store and one Pulsar, and the faults that befall them.
+"""What the crash suite is made of: several services on one store and one site, and the faults that befall them.
 
 A fault is chosen by the seed: what happens, when (at how many ended tasks), to whom and for how long. Nothing but
 SIGKILL, SIGSTOP and cut connections is done, and only to processes that carry this cluster's mark.
@@ -7,12 +7,10 @@ SIGKILL, SIGSTOP and cut connections is done, and only to processes that carry t
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import random
 import signal
 import socket
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,8 +25,9 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from tesp_api.sites.processes import Process
+from tests.carried import PLACES, remove_containers, write_settings
 from tests.mongod import Mongod, ReplicaSet
-from tests.running import Service, roots, until
+from tests.running import Service, until
 
 LEASE = 3.5
 """Seconds; a service that is paused must sleep through it."""
@@ -43,14 +42,13 @@ SETTINGS = {
     "TESP_DISPATCH__TAKE_OVER": "2",
     "TESP_RETRY__BACKOFF": "0.5",
     "TESP_RETRY__MAX_ATTEMPTS": str(MAX_ATTEMPTS),
-    "TESP_EMBEDDED__STATUS__POLL_INTERVAL": "1",
-    "TESP_EMBEDDED__STATUS__MAX_POLLS": str(PATIENCE),
-    "TESP_EMBEDDED__CANCEL_GRACE": "4",
-    "CONTAINER_TYPE": "docker",
 }
 
-ON_REPLICAS = ("kill replica", "pause replica", "kill all replicas", "cut clients", "cut Pulsar")
-ON_JOBS = ("kill Pulsar", "kill Pulsar's worker", "kill runner", "kill job group", "pause runner", "cut Docker")
+OF_THE_SITE = {"max_jobs": 4, "cancel_grace": 4.0, "status": {"poll_interval": 1.0, "max_polls": PATIENCE}}
+"""Further keys of the site."""
+
+ON_REPLICAS = ("kill replica", "pause replica", "kill all replicas", "be away till all jobs end", "cut clients")
+ON_JOBS = ("kill runner", "kill job group", "pause runner", "cut Docker")
 ON_STORE = ("kill primary", "pause primary", "cut store")
 
 COSTS_AN_ATTEMPT = frozenset({"kill runner", "kill job group", "pause runner", "cut Docker"})
@@ -155,28 +153,32 @@ class Replica(Service):
 
 
 class Cluster:
-    """Replicas with one store and one embedded Pulsar, below `directory`. Leaving it ends all that it ever started."""
+    """Replicas with one store and one site, below `directory`. Leaving it ends all that it ever started."""
 
-    def __init__(self, directory: Path, store: str, replicas: int = 3, **variables: str) -> None:
+    def __init__(
+        self, directory: Path, store: str, replicas: int = 3, *, carrier: str = "embedded", **variables: str
+    ) -> None:
         self.directory = directory
-        self.shared = directory / "shared"
-        self.staging = directory / "data" / "pulsar" / "staging"
-        self.mark = f"TMPDIR={directory / 'tmp'}"
+        self.place = PLACES[carrier](directory, **OF_THE_SITE)
+        self.shared = self.place.shared
+        self.mark = f"TMPDIR={self.place.temporary}"
         self.set = ReplicaSet(directory / "mongo", 3) if store == "mongo" else None
         self._number, self._variables = replicas, variables
         self.replicas: list[Replica] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        for path in (self.directory / "tmp", self.shared):
+        for path in (self.place.temporary, self.shared):
             path.mkdir(parents=True)
             path.chmod(0o777)
         self._stack.callback(self._end_all)
-        variables = {**SETTINGS, "TMPDIR": str(self.directory / "tmp"), **self._variables}
-        variables["TESP_EMBEDDED__FILE_ROOTS"] = roots(self.shared, mount=True)
+        variables = {**SETTINGS, "TMPDIR": str(self.place.temporary), **self._variables}
         if self.set is not None:
             self._stack.enter_context(self.set)
             variables["TESP_DB__MONGODB_URI"] = self.set.uri_of("tesp")
+        self._stack.callback(self.place.stop)
+        self.place.start()
+        write_settings(self.directory / "settings.toml", [self.place])
         self.replicas = [Replica(self.directory, number, **variables) for number in range(self._number)]
         for replica in self.replicas:
             replica.start()
@@ -193,10 +195,7 @@ class Cluster:
         for seen in marked(self.mark):
             with suppress(ProcessLookupError):
                 os.kill(seen.pid, signal.SIGKILL)
-        ours = ["--filter", "label=tesp.task", "--filter", f"volume={self.shared}"]
-        left = subprocess.run(["docker", "ps", "-aq", *ours], capture_output=True, text=True).stdout.split()
-        if left:
-            subprocess.run(["docker", "rm", "-f", *left], capture_output=True)
+        remove_containers(self.shared)
 
     def stop(self) -> None:
         """End the replicas politely."""
@@ -242,20 +241,12 @@ class Cluster:
             for seen in marked(self.mark)
             if "runner.pyz" in seen.command
             and "python" in seen.command.split()[0]
-            and seen.cwd.startswith(str(self.staging))
+            and seen.cwd.startswith(str(self.place.staging))
         ]
 
     def job_of(self, runner: Seen) -> str:
         """The id of the job that a runner carries out."""
         return Path(runner.cwd).parent.name
-
-    def pulsar(self) -> int | None:
-        """The process id of the embedded Pulsar, which is its process group as well."""
-        try:
-            pid: int = json.loads((self.directory / "data/pulsar/pulsar.pid").read_text())["pid"]
-            return pid if os.getpgid(pid) == pid else None
-        except (OSError, ValueError):
-            return None
 
 
 # Faults
@@ -273,11 +264,13 @@ class Fault:
     pause: float
 
 
-def draw(seed: int, count: int, tasks: int, kinds: tuple[str, ...]) -> list[Fault]:
-    """`count` faults, each kind as often as any other or once more, spread over nine tenths of the run."""
+def draw(seed: int, count: int, tasks: int, kinds: tuple[str, ...], first: tuple[str, ...]) -> list[Fault]:
+    """`count` faults, each kind as often as any other or once more, those of `first` (some of the kinds) before others;
+    spread over nine tenths of the run."""
     chance = random.Random(seed)
     drawn = [kind for _ in range(count // len(kinds)) for kind in kinds]
-    drawn += chance.sample(kinds, count - len(drawn))
+    drawn += chance.sample(first, min(len(first), count - len(drawn)))
+    drawn += chance.sample([kind for kind in kinds if kind not in first], max(0, count - len(drawn)))
     chance.shuffle(drawn)
     places = sorted(chance.randrange(1, max(2, tasks * 3 // 4)) for _ in drawn)
     return [
@@ -330,6 +323,7 @@ class Storm:
             "kill replica": self._kill_replica,
             "pause replica": self._pause_replica,
             "kill all replicas": self._kill_all,
+            "be away till all jobs end": self._be_away,
             "cut clients": self._cut_clients,
             "cut Pulsar": self._cut_pulsar,
             "kill Pulsar": self._kill_pulsar,
@@ -390,6 +384,17 @@ class Storm:
             self._later(fault.pause, f"replica {replica.number}", replica.start)
         return "all"
 
+    def _be_away(self, fault: Fault) -> str:
+        """Whatever the jobs report meanwhile, nobody of ours hears."""
+        self.wait("replica")
+        for replica in self._cluster.replicas:
+            replica.kill()
+        count = len(self._cluster.runners())
+        _soon(lambda: not self._cluster.runners())
+        for replica in self._cluster.replicas:
+            self._later(fault.pause, f"replica {replica.number}", replica.start)
+        return f"{count} jobs"
+
     def _cut_clients(self, fault: Fault) -> str:
         replica = self._replica(fault)
         port = replica.http.base_url.port
@@ -399,7 +404,8 @@ class Storm:
         )
 
     def _cut_pulsar(self, fault: Fault) -> str:
-        return self._cut_when_there(self._replica(fault), lambda link: str(_peer(link)).endswith("p.sock"))
+        place = self._cluster.place
+        return self._cut_when_there(self._replica(fault), lambda link: place.is_reached_by(_peer(link)))
 
     def _cut_store(self, fault: Fault) -> str:
         assert self._cluster.set is not None
@@ -416,11 +422,11 @@ class Storm:
     # The node
 
     def _kill_pulsar(self, fault: Fault) -> str:
-        pid = self._pulsar()
-        if pid is None:
+        group = self._pulsar()
+        if group is None or not self._cluster.place.kill_pulsar():
             return ""
-        os.killpg(pid, signal.SIGKILL)
-        return f"process group {pid}"
+        self._later(fault.pause, "Pulsar", self._cluster.place.start_pulsar)
+        return f"process group {group}"
 
     def _kill_worker(self, fault: Fault) -> str:
         """One process of Pulsar's, be it gunicorn's master or its worker."""
@@ -430,11 +436,14 @@ class Storm:
             return ""
         victim = members[int(fault.who * len(members))]
         os.kill(victim, signal.SIGKILL)
+        if victim == group:
+            self._later(fault.pause, "Pulsar", self._cluster.place.start_pulsar)
         return "master" if victim == group else "worker"
 
     def _pulsar(self) -> int | None:
         """Pulsar's process group; one that has just been hit is given time to come back."""
-        return _soon(self._cluster.pulsar)
+        self.wait("Pulsar")
+        return _soon(self._cluster.place.pulsar)
 
     def _hit(self, fault: Fault, action: Callable[[Seen], object]) -> str:
         """Do it to a runner that can be hit."""

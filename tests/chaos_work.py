@@ -278,7 +278,7 @@ class Verdict:
         return [f"the container {line} is left" for line in listed if line.split()[0] in self.documents]
 
     def _directories(self) -> list[str]:
-        there = [each.name for each in self._cluster.staging.iterdir()]
+        there = [each.name for each in self._cluster.place.staging.iterdir()]
         return [f"the job directory {name} is left" for name in there if not name.startswith("tes-runner-")]
 
     def _processes(self) -> list[str]:

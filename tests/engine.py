@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import functools
 import os
 import shutil
@@ -10,6 +12,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 IMAGE = "busybox:latest"
@@ -44,6 +47,23 @@ def _start() -> str:
         return ""
     directory = Path(tempfile.mkdtemp(prefix="tesp-dockerd-"))
     directory.chmod(0o711)  # users other than root reach the socket too, if its group lets them
+    with _alone():
+        return _run(dockerd, directory)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One daemon starts at a time on this machine: two that make the same iptables chains at once both fail."""
+    path = Path(tempfile.gettempdir(), "tesp-dockerd.lock")
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _run(dockerd: str, directory: Path) -> str:
     host = f"unix://{directory}/docker.sock"
     command = [dockerd, "-H", host, "--data-root", f"{directory}/data", "--exec-root", f"{directory}/exec"]
     with (directory / "log").open("wb") as log:

@@ -6,11 +6,9 @@ import atexit
 import contextlib
 import functools
 import os
-import random
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
@@ -25,7 +23,7 @@ from pymongo import MongoClient
 from pymongo.errors import ConnectionFailure, OperationFailure
 
 from tests.running import until
-from tests.support import require
+from tests.support import free_port, require
 
 Kind = Literal["standalone", "replica"]
 
@@ -58,19 +56,6 @@ def need() -> None:
     """Skip the test, or fail, where there is no mongod."""
     found, reason = _search()
     require(found, reason)
-
-
-def free_port() -> int:
-    """A port that nobody listens on, and that no outgoing connection will be given while its server is down.
-
-    (Of the ports that are given out, a client that tries again and again to reach a dead server may get that server's
-    own, connect to itself, and keep the server from coming back.)
-    """
-    while True:
-        port = random.randrange(20000, 32000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 @dataclass(frozen=True, slots=True)

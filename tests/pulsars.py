@@ -7,11 +7,10 @@ import itertools
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +19,7 @@ import httpx
 from tesp_api.runner.job import Executor, Input, Plan, Runtime
 from tesp_api.sites import Site
 from tesp_api.task import Observation, Phase
+from tests.support import free_port
 
 T = TypeVar("T")
 _numbers = itertools.count(1)
@@ -94,19 +94,19 @@ async def exists(path: Path) -> None:
     await until(look, str(path))
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 class PulsarServer:
     """A `pulsar-serve` on 127.0.0.1 that can be killed and started again."""
 
-    def __init__(self, directory: Path, *, token: str = "s3cret-t0ken", app: str = "") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        token: str = "s3cret-t0ken",
+        app: str = "",
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.directory, self.token, self.port = directory, token, free_port()
+        self._variables = variables or {}
         self.url = f"http://127.0.0.1:{self.port}"
         self.staging = directory / "staging"
         self.process: subprocess.Popen[bytes] | None = None
@@ -120,7 +120,8 @@ class PulsarServer:
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        environment = {"HOME": str(self.directory), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {"HOME": str(self.directory), "PATH": path, **self._variables}
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "pulsar.scripts.serve", str(self.directory / "server.ini")],

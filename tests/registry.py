@@ -17,13 +17,7 @@ from pathlib import Path
 import bcrypt
 
 from tests import engine
-from tests.support import require
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.support import free_port, require
 
 
 def docker(*arguments: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> str:

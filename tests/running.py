@@ -31,10 +31,10 @@ def until(condition: Callable[[], Any], seconds: float = 60.0, what: str = "") -
 
 
 class Service:
-    """`tesp serve` on a free port with a data directory that outlives its processes."""
+    """`tesp serve` with a data directory that outlives its processes, on `port` (0: a free one at each start)."""
 
-    def __init__(self, directory: Path, **variables: str) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, *, port: int = 0, **variables: str) -> None:
+        self.directory, self._port = directory, port
         self.log = directory / "service.log"
         self._variables = variables
         self._process: subprocess.Popen[bytes] | None = None
@@ -47,7 +47,7 @@ class Service:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("TESP_")}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*SERVE, "--port", "0", "--data-dir", str(self.directory / "data"), *options],
+                [*SERVE, "--port", str(self._port), "--data-dir", str(self.directory / "data"), *options],
                 env={**environment, "PYTHONPATH": str(Path(__file__).parent.parent), **self._variables},
                 cwd=self.directory,
                 stdout=log,

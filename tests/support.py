@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
+import socket
 
 import pytest
 
@@ -14,3 +17,16 @@ def require(condition: object, reason: str) -> None:
     if os.environ.get("TESP_REQUIRE_SERVICES") == "1":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on, nor will an outgoing connection be given it while its server is down.
+
+    (Of the ports that are given out, a client that tries again and again to reach a dead server may get that server's
+    own, connect to itself, and keep the server from coming back.)
+    """
+    while True:
+        port = 20000 + secrets.randbelow(12000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

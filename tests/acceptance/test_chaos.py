@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from tests import mongod
+from tests.carried import PLACES
 from tests.chaos import COSTS_AN_ATTEMPT, ON_JOBS, ON_REPLICAS, ON_STORE, Cluster, Storm, draw, settle
 from tests.chaos_work import Posters, Verdict, works
 from tests.engine import docker_host
@@ -45,23 +46,23 @@ def _named(seed: int, storm: Storm) -> Iterator[None]:
         raise
 
 
-def _survive(directory: Path, store: str, seed: int, tasks: int, count: int) -> None:
+def _survive(directory: Path, store: str, carrier: str, seed: int, tasks: int, count: int) -> None:
     """One run: post, break, repair, wait, judge."""
     require(docker_host(), "no Docker engine with busybox")
     if store == "mongo":
         mongod.need()
     seed, tasks, count = _number("SEED", seed), _number("TASKS", tasks), _number("FAULTS", count)
-    print(f"TESP_CHAOS_SEED={seed} TESP_CHAOS_TASKS={tasks} TESP_CHAOS_FAULTS={count} store={store}", flush=True)
+    print(f"TESP_CHAOS_SEED={seed} TESP_CHAOS_TASKS={tasks} TESP_CHAOS_FAULTS={count} {store} {carrier}", flush=True)
     began = time.monotonic()
-    cluster = Cluster(directory / "c", store)
+    cluster = Cluster(directory / "c", store, carrier=carrier)
     storm = Storm(cluster)
     with _named(seed, storm), cluster, storm:
         every = works(seed, tasks, cluster.shared)
         posters = Posters(cluster, every)
         posters.start()
         try:
-            kinds = (*ON_REPLICAS, *ON_JOBS, *(ON_STORE if store == "mongo" else ()))
-            for fault in draw(seed, count, tasks, kinds):
+            kinds = (*ON_REPLICAS, *ON_JOBS, *cluster.place.faults, *(ON_STORE if store == "mongo" else ()))
+            for fault in draw(seed, count, tasks, kinds, cluster.place.faults):
                 _until_ended(cluster, posters, fault.at)
                 time.sleep(fault.delay)
                 storm.befall(fault)
@@ -104,18 +105,24 @@ def _report(storm: Storm, posters: Posters, verdict: Verdict, seconds: float) ->
     print(f"violations {len(verdict.wrong)}", flush=True)
 
 
+STORES = {"local": "sqlite", "embedded": "mongo", "rest": "sqlite", "amqp": "mongo", "relay": "mongo"}
+"""What each carrier is tried with when time is short."""
+
+
 @pytest.mark.timeout(600)
-def test_60_tasks_survive_14_faults(tmp_path: Path) -> None:
-    _survive(tmp_path, "mongo", seed=1, tasks=60, count=14)
+@pytest.mark.parametrize("carrier", PLACES)
+def test_24_tasks_survive_8_faults(tmp_path: Path, carrier: str) -> None:
+    _survive(tmp_path, STORES[carrier], carrier, seed=1, tasks=24, count=8)
 
 
 if os.environ.get("TESP_CHAOS") == "long":
 
     @pytest.mark.timeout(3600)
-    @pytest.mark.parametrize("seed", [1, 2, 3, 4, 5])
+    @pytest.mark.parametrize("seed", [1, 2, 3])
     @pytest.mark.parametrize("store", ["mongo", "sqlite"])
-    def test_300_tasks_survive_45_faults(tmp_path: Path, store: str, seed: int) -> None:
-        _survive(tmp_path, store, seed, tasks=300, count=45)
+    @pytest.mark.parametrize("carrier", PLACES)
+    def test_300_tasks_survive_45_faults(tmp_path: Path, carrier: str, store: str, seed: int) -> None:
+        _survive(tmp_path, store, carrier, seed, tasks=300, count=45)
 
 
 @pytest.mark.timeout(300)

@@ -99,7 +99,7 @@ def test_every_pair_of_states(before: S, after: S) -> None:
             lifecycle._change(task, after)
 
 
-@pytest.mark.parametrize("state", FINAL)
+@pytest.mark.parametrize("state", sorted(FINAL))
 def test_nothing_moves_a_final_task(state: S) -> None:
     task = task_in(state, ended=NOW)
     number = last(task).number
@@ -120,7 +120,7 @@ def test_nothing_moves_a_final_task(state: S) -> None:
 # The way forward
 
 
-@pytest.mark.parametrize("state", set(S) - {S.QUEUED})
+@pytest.mark.parametrize("state", sorted(set(S) - {S.QUEUED}))
 def test_only_queued_tasks_are_assigned(state: S) -> None:
     assert lifecycle.assign(task_in(state), "x", NOW, POLICY) is None
 
@@ -241,7 +241,7 @@ def test_lone_surrogates_from_a_node_can_be_stored() -> None:
 # Races
 
 
-@pytest.mark.parametrize("state", ACTIVE)
+@pytest.mark.parametrize("state", sorted(ACTIVE))
 def test_an_observation_of_an_old_attempt_is_ignored(state: S) -> None:
     task = task_in(state)
     old = result(task)
