@@ -44,6 +44,7 @@ from tesp_api.sites.local import LocalSite
 from tesp_api.sites.pulsar.amqp import AmqpPost
 from tesp_api.sites.pulsar.embedded import EmbeddedSite
 from tesp_api.sites.pulsar.mail import MailCarrier
+from tesp_api.sites.pulsar.relay import RelayPost
 from tesp_api.sites.pulsar.rest import RestCarrier
 from tesp_api.sites.pulsar.site import PulsarSite
 from tesp_api.store import TaskStore
@@ -142,8 +143,8 @@ def _tell_of_death(task: asyncio.Task[None]) -> None:
 
 
 @contextmanager
-def _before_stop(call: Callable[[], None]) -> Iterator[None]:
-    """Have `call` called when the process is told to stop. The server waits for open requests before it tells us, and
+def _before_stop(*calls: Callable[[], None]) -> Iterator[None]:
+    """Have `calls` made when the process is told to stop. The server waits for open requests before it tells us, and
     so would all those that stay open until something happens."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -152,7 +153,8 @@ def _before_stop(call: Callable[[], None]) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def heard(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(call)
+        for call in calls:
+            loop.call_soon_threadsafe(call)
         if callable(handler := before[signal.Signals(number)]):
             handler(number, frame)
 
@@ -174,11 +176,12 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     service = service or build_service(settings)
     creates = Creates(service.store)
     jobs = Jobs(service.store, service.policies, service.store.clock)
+    relay = _relay(service.mailbox, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with service.run(), creates.noting():
-            with _before_stop(jobs.close):
+            with _before_stop(*(each.close for each in (jobs, relay) if each is not None)):
                 yield
 
     app = FastAPI(
@@ -203,6 +206,8 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     if "api" in settings.server.roles:
         _add_api(app, service, creates, settings)
         Methods(POST=jobs.report).add_to(app.router, f"{PATH}/{{id}}")
+    if relay is not None:
+        relay.add_to(app.router)
     _add_health(app, service)
     return app
 
@@ -221,21 +226,20 @@ def _add_api(app: FastAPI, service: Service, creates: Creates, settings: Setting
     )
     for prefix in PREFIXES:
         app.include_router(api, prefix=prefix)
-    _add_relay(app, service.mailbox, settings)
     add_docs(app)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
 
 
-def _add_relay(app: FastAPI, mailbox: Mailbox, settings: Settings) -> None:
+def _relay(mailbox: Mailbox, settings: Settings) -> relay_api.Relay | None:
     """The calls of Pulsars that log in here, if there are to be such."""
     managers: dict[tuple[str, str], list[Manager]] = {}
     for keys in _all_site_settings(settings):
         if keys.carrier == "relay":
             managers.setdefault((keys.relay_account, keys.relay_password), []).append(_manager(keys))
-    if managers:
-        accounts = [relay_api.Account(user, password, each) for (user, password), each in managers.items()]
-        max_body = int(settings.server.max_body_mb * (1 << 20))
-        relay_api.Relay(mailbox, accounts, max_body=max_body).add_to(app.router)
+    if not managers or "api" not in settings.server.roles:
+        return None
+    accounts = [relay_api.Account(user, password, each) for (user, password), each in managers.items()]
+    return relay_api.Relay(mailbox, accounts, max_body=int(settings.server.max_body_mb * (1 << 20)))
 
 
 def _manager(keys: SiteSettings) -> Manager:
@@ -383,6 +387,9 @@ def _site(settings: Settings, mailbox: Mailbox, keys: SiteSettings) -> Site:
             keys.amqp_url, manager=keys.manager, key_prefix=keys.amqp_key_prefix, timeout=keys.client_timeout
         )
         return PulsarSite(facts, MailCarrier(post, timeout=keys.client_timeout), bundle)
+    if keys.carrier == "relay":
+        relay_post = RelayPost(mailbox, _manager(keys))
+        return PulsarSite(facts, MailCarrier(relay_post, timeout=keys.client_timeout), bundle)
     carrier = RestCarrier(
         keys.url, private_token=keys.private_token or None, manager=keys.manager or None, timeout=keys.client_timeout
     )

@@ -26,8 +26,8 @@ from tesp_api.errors import SettingsError
 NOT_SETTINGS = frozenset({"settings_file", "require_services"})
 """TESP_ variables that mean something else."""
 
-BY_MAIL = frozenset({"amqp"})
-"""Carriers that speak to Pulsar by letters."""
+BY_MAIL = ("amqp", "relay")
+"""Carriers that speak by letters."""
 
 SHORTEST_LEASE_BY_MAIL = 20.0
 """Seconds."""
@@ -314,7 +314,7 @@ class Settings(Section):
         by_mail = any(site.carrier in BY_MAIL for site in self.sites) if self.sites else bool(self.pulsar.amqp_url)
         if by_mail and self.dispatch.lease < SHORTEST_LEASE_BY_MAIL:
             raise ValueError(
-                f"dispatch.lease: a site behind a broker needs {SHORTEST_LEASE_BY_MAIL:.0f} seconds or more"
+                f"dispatch.lease: a site by {' or '.join(BY_MAIL)} needs {SHORTEST_LEASE_BY_MAIL:.0f} seconds or more"
             )
         return self
 

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tesp_api.api.views import Json
-from tesp_api.errors import Detail, InvalidRequest, StoreUnavailable, TaskNotFound, TespError
+from tesp_api.errors import Detail, InvalidRequest, MailboxFull, StoreUnavailable, TaskNotFound, TespError
 from tesp_api.tes import field_name, refusal
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ STATUS: Final[Mapping[type[Exception], HTTPStatus]] = {
     TaskNotFound: HTTPStatus.NOT_FOUND,
     BodyTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     StoreUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    MailboxFull: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 """The status for each error that may reach the API; any other exception is ours to mend and answers 500."""
 

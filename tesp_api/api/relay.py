@@ -35,7 +35,7 @@ from tesp_api.api.problems import BodyTooLarge
 from tesp_api.api.routes import Methods
 from tesp_api.api.tasks import read_body
 from tesp_api.api.views import Json
-from tesp_api.errors import Detail, InvalidRequest, MailboxFull
+from tesp_api.errors import Detail, InvalidRequest
 from tesp_api.relay import Manager, read_letter
 from tesp_api.store.mailbox import LETTER_BYTES, Letter, Mailbox, rung
 from tesp_api.task import rfc3339
@@ -54,8 +54,12 @@ KEY_LENGTH: Final = 200
 TOKEN_LENGTH: Final = 2000
 
 LONGEST_POLL: Final = 60.0
-LOOK_EVERY: Final = 1.0
+LOOK_EVERY: Final = 0.5
 """Seconds between two looks into the store: another process may have put a letter."""
+
+SETTLE: Final = 2.0
+"""Seconds after a login in which nothing is handed out. A Pulsar that starts asks at once, and then takes what it was
+sent meanwhile for jobs of its former life: such a job runs, but is called lost."""
 
 POLLS: Final = 2
 """Polls of one manager that are held open. (Of a Pulsar that was killed one may still be there.)"""
@@ -80,10 +84,11 @@ class Account:
 
 @dataclass(frozen=True)
 class Login:
-    """An account that has logged in; `id` tells its logins apart."""
+    """An account that has logged in, when that was, and what tells its logins apart."""
 
     account: Account
     id: str
+    at: float
 
     def message_id(self, letter_id: int) -> str:
         """How a message is called that is handed out in this login."""
@@ -108,7 +113,7 @@ class Relay:
     """The calls, each a handler.
 
     `max_body` is the limit for a message in bytes. `penalty` are the seconds that a failed login waits for its answer,
-    `body_within` those that a body may take to arrive.
+    `body_within` those that a body may take to arrive; `settle`, `look_every`: see SETTLE, LOOK_EVERY.
     """
 
     def __init__(
@@ -119,6 +124,8 @@ class Relay:
         max_body: int = LETTER_BYTES,
         penalty: float = 1.0,
         body_within: float = 60.0,
+        settle: float = SETTLE,
+        look_every: float = LOOK_EVERY,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._mailbox = mailbox
@@ -126,6 +133,9 @@ class Relay:
         self._max_body = min(max_body, LETTER_BYTES)
         self._penalty = penalty
         self._body_within = body_within
+        self._settle = settle
+        self._look_every = look_every
+        self._closing = False
         self._clock = clock
         self._failing: Counter[str] = Counter()
         self._polls: dict[str, list[asyncio.Event]] = {}
@@ -171,7 +181,7 @@ class Relay:
                 user, login_id, until = json.loads(base64.urlsafe_b64decode(body.encode("ascii")))
                 account = self._accounts[user]
                 if _same(signature, _signature(body, account.key)) and self._clock() < until:
-                    return Login(account, login_id)
+                    return Login(account, login_id, until - TOKEN_SECONDS)
         raise _stranger("This call needs the token of a login that is not older than an hour.")
 
     # Poll
@@ -180,13 +190,14 @@ class Relay:
         """`POST /messages/poll`: held open until there is a message, or as long as the caller wants to wait."""
         login = self._caller(request)
         poll = _read_poll(await self._body(request, POLL_BYTES), login)
+        settled = min(login.at + self._settle - self._clock(), self._settle)
         box = poll.manager.outbox
         if poll.after > self._passed.get(box, 0):
             await self._mailbox.drop(box, poll.after)
             self._passed[box] = poll.after
         async with self._held(box) as replaced:
-            letters = await self._letters(poll, request, replaced)
-        if not letters and replaced.is_set():
+            letters = await self._letters(poll, request, replaced, settled)
+        if not letters and replaced.is_set() and not self._closing:
             raise HTTPException(429, "Another poll has taken the place of this one.", {"Retry-After": "5"})
         messages = ",".join(_message(login, each) for each in letters)
         return Response(f'{{"messages":[{messages}]}}', media_type="application/json")
@@ -197,6 +208,8 @@ class Relay:
         held = self._polls.setdefault(box, [])
         me = asyncio.Event()
         held.append(me)
+        if self._closing:
+            me.set()
         if len(held) > POLLS:
             held[-1 - POLLS].set()
         try:
@@ -204,10 +217,11 @@ class Relay:
         finally:
             held.remove(me)
 
-    async def _letters(self, poll: Poll, request: Request, replaced: asyncio.Event) -> Sequence[Letter]:
-        """Letters, as soon as there are any; none if it was in vain, the caller has left, or has to make room."""
+    async def _letters(self, poll: Poll, request: Request, replaced: asyncio.Event, settled: float) -> Sequence[Letter]:
+        """Letters, as soon as there are any, but not within the next `settled` seconds; none if it was in vain, the
+        caller has left, or has to make room."""
         loop = asyncio.get_running_loop()
-        until = loop.time() + poll.timeout
+        until, settled = loop.time() + poll.timeout, loop.time() + settled
         leaving = asyncio.create_task(_left(request))
         making_room = asyncio.create_task(replaced.wait())
         try:
@@ -218,14 +232,22 @@ class Relay:
                     bell.clear()
                     if leaving.done() or making_room.done():
                         return []
-                    if letters := await self._mailbox.read(poll.manager.outbox, poll.after):
+                    early = settled - loop.time()
+                    if early <= 0 and (letters := await self._mailbox.read(poll.manager.outbox, poll.after)):
                         return letters
                     if (rest := until - loop.time()) <= 0:
                         return []
-                    await rung(bell, min(rest, LOOK_EVERY))
+                    await rung(bell, min(rest, early if early > 0 else self._look_every))
         finally:
             leaving.cancel()
             making_room.cancel()
+
+    def close(self) -> None:
+        """Answer the polls that are held, and hold no more: the service is about to stop."""
+        self._closing = True
+        for held in self._polls.values():
+            for each in held:
+                each.set()
 
     # Post
 
@@ -238,10 +260,7 @@ class Relay:
         box = _box_of(topic, login.account)
         if len(text) > LETTER_BYTES:
             raise BodyTooLarge(f"The payload must not be larger than {LETTER_BYTES} bytes.")
-        try:
-            letter_id = await self._mailbox.put(box, text, key)
-        except MailboxFull as error:
-            raise HTTPException(503, str(error), {"Retry-After": "5"}) from error
+        letter_id = await self._mailbox.put(box, text, key)
         return Json({"message_id": str(letter_id), "topic": topic, "timestamp": rfc3339(self._clock())})
 
     async def _body(self, request: Request, limit: int) -> bytes:

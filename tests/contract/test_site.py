@@ -7,24 +7,28 @@ import importlib.util
 import stat
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
+from tesp_api.api.relay import SETTLE
 from tesp_api.runner.job import EXIT_BAD_PLAN, Input
 from tesp_api.sites import Site, SiteFacts
 from tesp_api.sites.local import LocalSite
 from tesp_api.sites.pulsar.amqp import AmqpPost
 from tesp_api.sites.pulsar.embedded import EmbeddedPulsar, EmbeddedSite
 from tesp_api.sites.pulsar.mail import MailCarrier
+from tesp_api.sites.pulsar.relay import RelayPost
 from tesp_api.sites.pulsar.rest import RestCarrier
 from tesp_api.sites.pulsar.site import PulsarSite
+from tesp_api.store.sqlite import SqliteStore
 from tesp_api.task import Phase
 from tests import standin
 from tests.pulsars import PulsarMain, PulsarServer, ended, exists, forgotten, new_plan, phase, running, until
 from tests.rabbitmq import Broker, need_rabbitmq
+from tests.relays import MANAGER, relay_app, relay_pulsar, served
 from tests.support import require
 
 FACTS = SiteFacts(name="here")
@@ -61,21 +65,67 @@ def behind_a_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
         broker.remove()
 
 
+class OwnStore(RelayPost):
+    """A Post like that of another process than the relay's: with a store of its own on the same file."""
+
+    def __init__(self, file: Path) -> None:
+        self._store = SqliteStore(file)
+        super().__init__(self._store.mail, MANAGER, look_every=0.02)
+
+    async def __aenter__(self) -> Self:
+        await self._store.__aenter__()
+        return await super().__aenter__()
+
+    async def __aexit__(self, *error: Any) -> None:
+        await super().__aexit__(*error)
+        await self._store.__aexit__(*error)
+
+
+@pytest.fixture(scope="module")
+def at_the_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, PulsarMain]]:
+    """The file of a relay's letters, and the Pulsar that calls it."""
+    require(importlib.util.find_spec("pulsar"), "pulsar-app is not installed")
+    file = tmp_path_factory.mktemp("relay") / "tasks.sqlite"
+    stack = AsyncExitStack()
+
+    async def open_relay() -> str:
+        store = await stack.enter_async_context(SqliteStore(file))
+        return await stack.enter_async_context(served(relay_app(store.mail, settle=SETTLE, look_every=0.02)))
+
+    with event_loop_in_a_thread() as loop:
+        url = asyncio.run_coroutine_threadsafe(open_relay(), loop).result()
+        pulsar = relay_pulsar(tmp_path_factory.mktemp("pulsar-main"), url)
+        try:
+            pulsar.start()
+            yield file, pulsar
+        finally:
+            pulsar.kill()
+            asyncio.run_coroutine_threadsafe(stack.aclose(), loop).result()
+
+
+@contextmanager
+def event_loop_in_a_thread() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
 @pytest.fixture(scope="module")
 def embedded_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The directory of an embedded Pulsar that another service keeps running meanwhile."""
     require(importlib.util.find_spec("pulsar"), "pulsar-app is not installed")
     directory = tmp_path_factory.mktemp("embedded")
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    owner = EmbeddedPulsar(directory)
-    asyncio.run_coroutine_threadsafe(owner.__aenter__(), loop).result()
-    yield directory
-    asyncio.run_coroutine_threadsafe(owner.__aexit__(None, None, None), loop).result()
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+    with event_loop_in_a_thread() as loop:
+        owner = EmbeddedPulsar(directory)
+        asyncio.run_coroutine_threadsafe(owner.__aenter__(), loop).result()
+        yield directory
+        asyncio.run_coroutine_threadsafe(owner.__aexit__(None, None, None), loop).result()
 
 
 @pytest.fixture(
@@ -83,6 +133,7 @@ def embedded_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
         "local",
         pytest.param("rest", marks=pytest.mark.service),
         pytest.param("amqp", marks=pytest.mark.service),
+        pytest.param("relay", marks=pytest.mark.service),
         pytest.param("embedded", marks=pytest.mark.service),
     ]
 )
@@ -101,6 +152,13 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
             return PulsarSite(FACTS, MailCarrier(AmqpPost(broker.url), timeout=60, file_pause=0.5), runner)
 
         return Place(behind, pulsar.staging)
+    if request.param == "relay":
+        file, pulsar = request.getfixturevalue("at_the_relay")
+
+        def at() -> Site:
+            return PulsarSite(FACTS, MailCarrier(OwnStore(file), timeout=60, file_pause=0.5), runner)
+
+        return Place(at, pulsar.staging)
     directory: Path = request.getfixturevalue("embedded_directory")
     return Place(lambda: EmbeddedSite(FACTS, directory, runner), directory / "staging")
 

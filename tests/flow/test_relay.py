@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from tesp_api.api import relay as relay_api
 from tesp_api.api.relay import Account
@@ -498,7 +499,7 @@ async def test_limits(b: Bench) -> None:
     for number in range(BOX_LETTERS):
         await b.mail.put(MANAGER.inbox, "{}", str(number))
     answer = await b.client.post("/api/v1/messages", json=body, headers=header)
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
     for method in ("GET", "PUT", "DELETE"):
         assert (await b.client.request(method, "/auth/login")).status_code == 405
 
@@ -531,6 +532,40 @@ async def test_a_poll_too_many_takes_the_place_of_the_oldest(b: Bench) -> None:
     for each in polls[1:]:
         assert ids((await each).json()["messages"]) == ["a"]
     assert not b.mail.doorbell._listening
+
+
+def test_nothing_is_handed_out_to_a_pulsar_that_has_just_started() -> None:
+    async def main() -> None:
+        async with SqliteStore(":memory:") as store:
+            clock = Clock()
+            app = relay_app(store.mail, clock=clock, settle=600)
+            client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://relay")
+            b = Bench(store.mail, client, clock)
+            header = await login(client)
+            await b.post.send(SETUP, {"job_id": "a"})
+            assert await b.poll(header, timeout=0.1) == []
+            clock.now += 601
+            assert ids(await b.poll(header)) == ["a"]
+
+    asyncio.run(main())
+
+
+def test_held_polls_are_answered_when_the_service_stops() -> None:
+    async def main() -> None:
+        async with SqliteStore(":memory:") as store:
+            relay = relay_api.Relay(store.mail, [ACCOUNT])
+            app = FastAPI()
+            relay.add_to(app.router)
+            client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://relay")
+            header, question = await login(client), {"topics": TOPICS, "timeout": 60}
+            polling = asyncio.create_task(client.post("/messages/poll", json=question, headers=header))
+            while not store.mail.doorbell._listening:
+                await asyncio.sleep(0)
+            relay.close()
+            for answer in (await polling, await client.post("/messages/poll", json=question, headers=header)):
+                assert (answer.status_code, answer.json()) == (200, {"messages": []})
+
+    asyncio.run(main())
 
 
 def test_who_goes_away_or_is_slow_leaves_nothing_behind() -> None:

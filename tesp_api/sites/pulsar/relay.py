@@ -20,7 +20,7 @@ from tesp_api.store.mailbox import LETTER_BYTES, Letter, Mailbox, rung
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY: Final = 1.0
+LOOK_EVERY: Final = 0.5
 """Seconds between two looks into the inbox: another process may have put a letter there."""
 
 KEEP: Final = 4.0
@@ -33,13 +33,15 @@ EXPIRE_AFTER: Final = 7 * 86400.0
 
 
 class RelayPost:
-    """The Post of one manager at our relay; `keep`: see KEEP."""
+    """The Post of one manager at our relay; `keep`, `look_every`: see KEEP, LOOK_EVERY."""
 
-    def __init__(self, mailbox: Mailbox, manager: Manager, *, keep: float = KEEP) -> None:
+    def __init__(
+        self, mailbox: Mailbox, manager: Manager, *, keep: float = KEEP, look_every: float = LOOK_EVERY
+    ) -> None:
         self.where = f"the Pulsar that takes its letters at our relay for the site {manager.site}"
         self._mailbox = mailbox
         self._manager = manager
-        self._keep = keep
+        self._keep, self._look_every = keep, look_every
         self._topics = {SETUP: manager.setup, KILL: manager.kill, STATUS: manager.status}
         self._expired = -math.inf
         self._away = False
@@ -98,7 +100,7 @@ class RelayPost:
                 if found:
                     after = found[-1].id
                 else:
-                    await rung(bell, LOOK_EVERY)
+                    await rung(bell, self._look_every)
 
     async def _look(self, after: int) -> Sequence[Letter]:
         """What there is to read; nothing while the store is away."""
