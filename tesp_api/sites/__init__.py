@@ -22,7 +22,7 @@ class SiteFacts:
     `max_jobs` is how many of our jobs it may hold at once (Pulsar itself does not limit that); None is no limit.
     `patience` is how long, in seconds, a job or the whole site may be silent before it is given up; `poll_interval`
     is the longest pause, in seconds, between two looks at a job, `first_look` the shortest one; a site that tells by
-    itself how its jobs are need not be asked often.
+    itself how its jobs are need not be asked often. `batch`: a batch system is behind it, with queues and time limits.
     """
 
     name: str
@@ -36,6 +36,7 @@ class SiteFacts:
     poll_interval: float = 5.0
     first_look: float = 0.1
     cancel_grace: float = 10.0
+    batch: bool = False
 
 
 class Site(Protocol):
