@@ -205,7 +205,7 @@ def test_a_controller_that_is_away_ends_no_job(slurm: Slurm, server: PulsarServe
                 await site.submit(plan)
             await running(site, runs.job_id, within=PATIENCE)
             await in_state(slurm, waits, "PENDING")
-            await exists(server.staging / waits.job_id / "metadata" / "slurm-state", within=PATIENCE)
+            await exists(server.staging / waits.job_id / "metadata" / "slurm-state", within=PATIENCE)  # Slurm has it
             slurm.end("slurmctld")
             try:
                 for plan, wanted in ((runs, Phase.RUNNING), (waits, Phase.WAITING)):
