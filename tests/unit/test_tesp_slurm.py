@@ -11,10 +11,10 @@ import pytest
 
 from tesp_api.runner import job
 from tesp_api.sites import documents
-from tests.pulsars import CONFIGURATIONS
+from tests.pulsars import DOCKER
 
 NOW = "2026-01-31T12:00:00.000000Z"
-PROGRAM = CONFIGURATIONS / "slurm" / "tesp-slurm"
+PROGRAM = DOCKER / "slurm" / "tesp-slurm"
 PLAIN = ["--no-requeue", "--export=HOME,PATH,LANG,LC_ALL,USER,LOGNAME,TMPDIR"]
 
 
