@@ -174,6 +174,7 @@ class PulsarMain:
 
     def __init__(self, directory: Path, config: str, **names: str) -> None:
         self.directory, self.staging = directory, directory / "staging"
+        self.variables: dict[str, str] = {}  # further ones for its environment
         self.process: subprocess.Popen[bytes] | None = None
         directory.mkdir(parents=True, exist_ok=True)
         text = (DOCKER / config).read_text()
@@ -183,7 +184,8 @@ class PulsarMain:
 
     def start(self) -> None:
         """Start it; nobody can tell when it is ready but by its answers."""
-        environment = {"HOME": str(self.directory), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {"HOME": str(self.directory), "PATH": path, **self.variables}
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [

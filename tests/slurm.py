@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.pulsars import DOCKER, PulsarServer
+from tests.pulsars import DOCKER, PulsarMain, PulsarServer
 from tests.support import free_port, require
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel")
@@ -140,7 +140,21 @@ class Slurm:
 
 def pulsar_with(slurm: Slurm, directory: Path) -> PulsarServer:
     """A Pulsar that is configured as docs/pulsar.md says, with this Slurm behind it."""
+    return PulsarServer(directory, app=_managers(directory), variables={"SLURM_CONF": str(slurm.configuration)})
+
+
+def pulsar_by_amqp_with(slurm: Slurm, directory: Path, url: str) -> PulsarMain:
+    """The same behind a broker: the `managers` of one file in place of those of the other."""
+    directory.mkdir(parents=True)
+    text = (DOCKER / "amqp" / "app.yml").read_text()
+    merged = directory / "merged.yml"
+    merged.write_text(text[: text.index("managers:")] + _managers(directory))
+    pulsar = PulsarMain(directory, str(merged), AMQP_URL=url)
+    pulsar.variables["SLURM_CONF"] = str(slurm.configuration)
+    return pulsar
+
+
+def _managers(directory: Path) -> str:
     app = (DOCKER / "slurm" / "app.yml").read_text()
     program = DOCKER / "slurm" / "tesp-slurm"
-    app = app.replace("@STAGING@", str(directory)).replace("@TESP_SLURM@", str(program))
-    return PulsarServer(directory, app=app, variables={"SLURM_CONF": str(slurm.configuration)})
+    return app.replace("@STAGING@", str(directory)).replace("@TESP_SLURM@", str(program))

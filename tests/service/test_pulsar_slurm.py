@@ -12,11 +12,14 @@ import pytest
 from tesp_api.runner.bundle import build
 from tesp_api.runner.job import Plan, Result
 from tesp_api.sites import SiteFacts
+from tesp_api.sites.pulsar.amqp import AmqpPost
+from tesp_api.sites.pulsar.mail import MailCarrier
 from tesp_api.sites.pulsar.rest import RestCarrier
 from tesp_api.sites.pulsar.site import PulsarSite
 from tesp_api.task import Phase
 from tests.pulsars import PulsarServer, ended, exists, forgotten, new_plan, phase, running, until
-from tests.slurm import Slurm, need_slurm, pulsar_with
+from tests.rabbitmq import Broker, need_rabbitmq
+from tests.slurm import Slurm, need_slurm, pulsar_by_amqp_with, pulsar_with
 from tests.support import require
 
 pytestmark = [pytest.mark.service, pytest.mark.timeout(400)]
@@ -263,3 +266,45 @@ def test_a_job_that_slurm_forgets_is_found_out(slurm: Slurm, server: PulsarServe
                 slurm.tell("scontrol", "update", "PartitionName=long", "State=UP")
 
     asyncio.run(main())
+
+
+def test_by_mail_errands_do_not_wait_in_the_queue(slurm: Slurm, tmp_path: Path) -> None:
+    """The whole of Slurm is taken, and yet the runner arrives and a cancel does."""
+    need_rabbitmq()
+    require(importlib.util.find_spec("pulsar"), "pulsar-app is not installed")
+
+    async def main(broker: Broker) -> None:
+        post = AmqpPost(broker.url, timeout=60)
+        async with PulsarSite(SiteFacts(name="slurm", batch=True), MailCarrier(post, timeout=60), RUNNER) as site:
+            slurm.tell("scontrol", "update", "PartitionName=long", "State=DOWN")
+            try:
+                plan = new_plan("true")._replace(queue="long", cpus=1, time_limit=60)
+                await site.submit(plan)
+                assert (await in_state(slurm, plan, "PENDING"))["TimeLimit"] == "00:01:00"
+                await site.cancel(plan.job_id, force=True)  # most likely too early, so that the answer must do
+
+                async def end() -> Result | None:
+                    await site.cancel(plan.job_id, force=True)
+                    (seen,) = await site.observe([plan.job_id])
+                    return seen.result
+
+                canceled = await until(end, "the end of the queued job", within=PATIENCE)
+                assert (canceled.state, canceled.started) == ("CANCELED", False)
+                await in_state(slurm, plan, "CANCELLED")
+                runs = new_plan("sh", "-c", "echo done; exit 3")
+                await site.submit(runs)
+                result = await result_of(site, runs)
+                assert [(each.exit_code, each.stdout) for each in result.executors] == [(3, "done\n")]
+            finally:
+                slurm.tell("scontrol", "update", "PartitionName=long", "State=UP")
+            assert "tes-errand" not in slurm.tell("scontrol", "-o", "show", "jobs")
+
+    broker = Broker(tmp_path / "broker")
+    broker.start()
+    pulsar = pulsar_by_amqp_with(slurm, tmp_path / "pulsar", broker.url + "/")
+    try:
+        pulsar.start()
+        asyncio.run(main(broker))
+    finally:
+        pulsar.kill()
+        broker.stop()

@@ -167,6 +167,14 @@ def test_a_job_in_a_batch_queue_is_killed_at_the_first_cancel(batch: bool, kills
     assert carrier.calls.count("kill") == kills
 
 
+def test_the_launch_of_a_job_for_a_batch_queue_is_not_cut_off() -> None:
+    """Pulsar would say `preprocessing` for ever, or never tell the batch system."""
+    carrier = Memory(Status("preprocessing"), progress=WAITING)
+    asyncio.run(site(carrier, batch=True).cancel(ID, force=True))
+    assert "put answer.json" in carrier.calls
+    assert "kill" not in carrier.calls
+
+
 def test_nothing_is_fetched_from_an_ended_job_that_is_not_there() -> None:
     carrier = Memory(Status("lost", None, frozenset()))
     look(carrier)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from tesp_api.runner import job
 from tesp_api.sites import documents
 from tests.pulsars import DOCKER
+from tests.running import until
 
 NOW = "2026-01-31T12:00:00.000000Z"
 PROGRAM = DOCKER / "slurm" / "tesp-slurm"
@@ -60,7 +63,7 @@ class Desk:
     def call(self, command: str) -> subprocess.CompletedProcess[str]:
         argv = [sys.executable, "-IS", str(PROGRAM), str(self.state), "slurm", command]
         path = f"{self.programs}:/usr/bin:/bin"
-        return subprocess.run(argv, env={"PATH": path}, capture_output=True, text=True, timeout=60)
+        return subprocess.run(argv, env={"PATH": path, "SECRET": "x"}, capture_output=True, text=True, timeout=60)
 
     def result(self) -> job.Result | None:
         path = self.job / "metadata" / "result.json"
@@ -214,6 +217,32 @@ def test_a_cancel_that_was_asked_for(desk: Desk, phase: str, state: str | None) 
     assert (desk.job / "told").read_text() == "7\n"
     result = desk.result()
     assert (result.state if result else None) == state
+
+
+def test_an_errand_is_run_here_and_at_once(desk: Desk) -> None:
+    """But nothing else is, whatever it is called."""
+    errand = desk.job.parent / f"tes-errand-{'0' * 32}"
+    (errand / "metadata").mkdir(parents=True)
+    (errand / "launch_config").write_text("{}")
+    gate = desk.job / "gate"
+    os.mkfifo(gate)
+    script = errand / "command.sh"
+    script.write_text(f"env >{errand}/env; read x <{gate}; echo said; echo 0 >{errand}/return_code")
+    found = re.fullmatch(r"Submitted batch job (0\d+)\n", desk.call(f"sbatch {script}").stdout)
+    assert found
+    ask = f"squeue -a -o '%A %t' -j {found.group(1)}"
+    assert desk.call(ask).stdout.endswith(" R\n")
+    gate.write_text("x\n")
+    until(lambda: desk.call(ask).stdout.endswith(" CD\n"), 60)
+    assert (errand / "metadata" / "job_stdout").read_text() == "said\n"
+    assert "PATH=" in (errand / "env").read_text()
+    assert "SECRET" not in (errand / "env").read_text()
+    with pytest.raises(FileNotFoundError):
+        desk.argv()
+    other = desk.job.parent / f"tes-errand-{'0' * 32}x"
+    other.mkdir()
+    desk.call(f"sbatch {other}/command.sh")
+    assert desk.argv()[-1] == f"{other}/command.sh"
 
 
 def test_links_of_jobs_that_are_gone_go(desk: Desk) -> None:

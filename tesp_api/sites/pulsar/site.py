@@ -374,8 +374,7 @@ class PulsarSite:
             status = await self._status(job_id)
             if status is not None and status.state in ENDED and not _is_vague(status):
                 return
-            queued = self.facts.batch and status is not None and status.state == "queued"
-            force = force or queued  # nobody there could read the answer, and the queue may be long
+            force = self._must_kill(status, force)
             if status is not None and status.state == LOST and not await self._may_run(job_id, status):
                 return
             done, told = await asyncio.gather(
@@ -386,6 +385,16 @@ class PulsarSite:
                 await self._carrier.kill(job_id)  # by mail in any case: the node may be too full for an errand
             if wrong:
                 raise wrong[0]
+
+    def _must_kill(self, status: Status | None, force: bool) -> bool:
+        """Whether to have the job killed; behind a batch system, not only and not always by `force`.
+
+        In its queue nobody could read the answer, and that may be long. But a kill during the launch prevents it, or
+        comes too early for the batch system to hear of it, and of neither would anybody learn.
+        """
+        if self.facts.batch and status is not None and status.state in WAITING:
+            return status.state == "queued"
+        return force
 
     async def _may_run(self, job_id: str, status: Status) -> bool:
         """Whether a job that Pulsar does not know may run all the same: it is on the way, or outlived Pulsar's death.
