@@ -19,16 +19,18 @@ from tesp_api.task import Observation
 class SiteFacts:
     """What the dispatcher must know of a site to choose it and to plan for it.
 
+    `batch`: it honours a time limit and a queue.
     `max_jobs` is how many of our jobs it may hold at once (Pulsar itself does not limit that); None is no limit.
     `patience` is how long, in seconds, a job or the whole site may be silent before it is given up; `poll_interval`
     is the longest pause, in seconds, between two looks at a job, `first_look` the shortest one; a site that tells by
-    itself how its jobs are need not be asked often. `batch`: a batch system is behind it, with queues and time limits.
+    itself how its jobs are need not be asked often.
     """
 
     name: str
     max_jobs: int | None = None
     cpus: float | None = None
     ram_gb: float | None = None
+    batch: bool = False
     file_roots: tuple[FileRoot, ...] = ()
     runtime: Runtime = field(default_factory=Runtime)
     log_bytes: int = 131072
@@ -36,7 +38,6 @@ class SiteFacts:
     poll_interval: float = 5.0
     first_look: float = 0.1
     cancel_grace: float = 10.0
-    batch: bool = False
 
 
 class Site(Protocol):
