@@ -13,9 +13,11 @@ import pytest
 
 from tesp_api.runner import job
 from tesp_api.sites import documents
+from tests import pythons
 from tests.pulsars import DOCKER
 from tests.running import until
 
+PYTHONS = pythons.found()
 NOW = "2026-01-31T12:00:00.000000Z"
 PROGRAM = DOCKER / "slurm" / "tesp-slurm"
 PLAIN = ["--no-requeue", "--export=HOME,PATH,LANG,LC_ALL,USER,LOGNAME,TMPDIR"]
@@ -60,8 +62,8 @@ class Desk:
         assert (head, number) == ("JOBID ST", "7")
         return letters
 
-    def call(self, command: str) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-IS", str(PROGRAM), str(self.state), "slurm", command]
+    def call(self, command: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+        argv = [python, "-IS", str(PROGRAM), str(self.state), "slurm", command]
         path = f"{self.programs}:/usr/bin:/bin"
         return subprocess.run(argv, env={"PATH": path, "SECRET": "x"}, capture_output=True, text=True, timeout=60)
 
@@ -131,7 +133,7 @@ def test_nothing_else_is_carried_out(desk: Desk, command: str) -> None:
     ("words", "is_final"),
     [
         ("sbatch: error: x\nsbatch: error: Batch job submission failed: Invalid partition name specified", True),
-        ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)", False),
+        ("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", False),
     ],
 )
 def test_a_refusal_for_good_is_told_from_one_for_now(desk: Desk, words: str, is_final: bool) -> None:
@@ -143,6 +145,13 @@ def test_a_refusal_for_good_is_told_from_one_for_now(desk: Desk, words: str, is_
     if result is not None:
         assert (result.state, result.infrastructure) == ("SYSTEM_ERROR", False)
         assert result.system_logs == ["Slurm refused the job: Invalid partition name specified."]
+
+
+def test_a_controller_that_starts_anew_is_waited_for(desk: Desk) -> None:
+    seen = desk.job / "seen"
+    away = "echo 'sbatch: error: Batch job submission failed: Unable to contact slurm controller' >&2; exit 1"
+    desk.program("sbatch", f"test -e {seen} && echo Submitted batch job 8 && exit; touch {seen}; {away}")
+    assert desk.submitted().stdout == "Submitted batch job 8\n"
 
 
 def test_states_of_a_job_that_goes_on(desk: Desk) -> None:
@@ -243,6 +252,15 @@ def test_an_errand_is_run_here_and_at_once(desk: Desk) -> None:
     other.mkdir()
     desk.call(f"sbatch {other}/command.sh")
     assert desk.argv()[-1] == f"{other}/command.sh"
+
+
+@pytest.mark.parametrize("number", [each for each in PYTHONS if int(each.partition(".")[2]) >= 6 and each[0] == "3"])
+def test_any_python_of_a_node_will_do(desk: Desk, number: str) -> None:
+    (desk.job / "launch_config").write_text(json.dumps({"submit_params": {"cpus": 2}}))
+    assert desk.call(f"sbatch {desk.job}/command.sh", PYTHONS[number]).stdout == "Submitted batch job 7\n"
+    desk.program("squeue", "echo TIMEOUT")
+    assert desk.call("squeue -a -o '%A %t' -j 7", PYTHONS[number]).stdout == "JOBID ST\n7 F\n"
+    assert desk.result() is not None
 
 
 def test_links_of_jobs_that_are_gone_go(desk: Desk) -> None:
