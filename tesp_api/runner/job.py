@@ -123,6 +123,7 @@ class Plan(NamedTuple):
 
     `directories`: container paths below mounts that must be directories before the first executor starts.
     `report`: None where nobody is to be told over HTTP; the files in the job's directory are written in any case.
+    `time_limit`: seconds, and `queue`: a name, for a batch system in front of the runner, which enforces them.
     """
 
     job_id: str
@@ -138,6 +139,8 @@ class Plan(NamedTuple):
     log_bytes: int = 131072
     directories: List[str] = []
     report: Optional[ReportTo] = None
+    time_limit: Optional[int] = None
+    queue: Optional[str] = None
     version: int = VERSION
 
 

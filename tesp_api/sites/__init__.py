@@ -19,6 +19,7 @@ from tesp_api.task import Observation
 class SiteFacts:
     """What the dispatcher must know of a site to choose it and to plan for it.
 
+    `batch`: it honours a time limit and a queue.
     `max_jobs` is how many of our jobs it may hold at once (Pulsar itself does not limit that); None is no limit.
     `patience` is how long, in seconds, a job or the whole site may be silent before it is given up; `poll_interval`
     is the longest pause, in seconds, between two looks at a job, `first_look` the shortest one; a site that tells by
@@ -30,6 +31,7 @@ class SiteFacts:
     max_jobs: int | None = None
     cpus: float | None = None
     ram_gb: float | None = None
+    batch: bool = False
     file_roots: tuple[FileRoot, ...] = ()
     runtime: Runtime = field(default_factory=Runtime)
     log_bytes: int = 131072

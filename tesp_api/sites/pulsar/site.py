@@ -139,7 +139,7 @@ class PulsarSite:
 
     async def submit(self, plan: job.Plan) -> None:
         """See Site. A repeated submit asks first: only a job that is unknown or still being set up is sent again."""
-        launch = messages.launch(plan, self._command_line)
+        launch = messages.launch(plan, self._command_line, batched=self.facts.batch)
         async with self._turns.turn(plan.job_id):
             try:
                 await self._deliver()
@@ -216,8 +216,10 @@ class PulsarSite:
             return await self._by_files(job_id, "Pulsar fails to tell the status of this job.")
         if status.state == "preprocessing":
             # The set-up takes a moment, as Pulsar moves no files for us. One killed in the middle says this for ever.
-            phase = Phase.RUNNING if self._is_still(job_id, None) else Phase.WAITING
-            return Observation(job_id=job_id, phase=phase, detail="Pulsar sets the job up.")
+            # It may have been launched all the same, just before.
+            if self._is_still(job_id, None):
+                return await self._by_files(job_id, "Pulsar sets the job up.")
+            return Observation(job_id=job_id, phase=Phase.WAITING, detail="Pulsar sets the job up.")
         if status.state in WAITING or status.state in RUNNING:
             return await self._active(job_id, status)
         if status.state in ENDED:
@@ -239,8 +241,9 @@ class PulsarSite:
             result = await self._result(job_id)
         if result is not None:
             return self._end(Observation(job_id=job_id, phase=Phase.ENDED, progress=progress, result=result))
-        phase = Phase.WAITING if status.state in WAITING else Phase.RUNNING
-        return Observation(job_id=job_id, phase=phase, progress=progress)
+        # A Pulsar that could not take a job up again may call it queued for ever; what has begun has a pulse.
+        queued = status.state in WAITING and (progress is None or progress.phase == "waiting")
+        return Observation(job_id=job_id, phase=Phase.WAITING if queued else Phase.RUNNING, progress=progress)
 
     async def _ended(self, job_id: str, status: Status) -> Observation:
         code = status.returncode if status.state == "complete" else None
@@ -253,6 +256,9 @@ class PulsarSite:
         if code == job.EXIT_DUPLICATE and not (self._carrier.by_mail and _is_fresh(progress)):
             # The second of two launches stood back; Pulsar takes its end for the end of both.
             return Observation(job_id=job_id, phase=Phase.RUNNING, progress=progress, exit_code=code)
+        if self._is_alive(job_id, status, progress):
+            detail = f"Pulsar says {status.state}, but the job may go on."
+            return Observation(job_id=job_id, phase=Phase.RUNNING, progress=progress, detail=detail)
         believed = documents.exit_code(code if code != job.EXIT_DUPLICATE else None, progress)
         if not documents.begun(progress) and believed in (1, job.EXIT_NO_RUNNER, job.EXIT_DAMAGED_RUNNER):
             self._suspect_runner(job_id)
@@ -263,6 +269,18 @@ class PulsarSite:
             exit_code=believed,
             detail=_why(status, code, progress),
         )
+
+    def _is_alive(self, job_id: str, status: Status, progress: job.Progress | None) -> bool:
+        """Whether the end that Pulsar claims is doubtful, and the job's pulse is not yet known to have stopped.
+
+        Pulsar takes a batch system that fails to answer for the end of a job, and its order to cancel for the deed.
+        """
+        doubtful = _is_vague(status) or (self.facts.batch and status.state == "cancelled")
+        if not doubtful or progress is None or progress.phase == "done":
+            return False
+        if status.state == "cancelled" and progress.phase == "waiting":
+            return False
+        return not self._is_still(job_id, progress)
 
     async def _lost(self, job_id: str, status: Status) -> Observation:
         result = documents.result(_bytes(status.result), job_id)
@@ -379,8 +397,9 @@ class PulsarSite:
         messages.check_id(job_id)
         async with self._turns.turn(job_id):  # a submit under way must not slip past its cancel
             status = await self._status(job_id)
-            if status is not None and status.state in ENDED:
+            if status is not None and status.state in ENDED and not _is_vague(status):
                 return
+            force = self._must_kill(status, force)
             if status is not None and status.state == LOST and not await self._may_run(job_id, status):
                 return
             done, told = await asyncio.gather(
@@ -391,6 +410,16 @@ class PulsarSite:
                 await self._carrier.kill(job_id)  # by mail in any case: the node may be too full for an errand
             if wrong:
                 raise wrong[0]
+
+    def _must_kill(self, status: Status | None, force: bool) -> bool:
+        """Whether to have the job killed; behind a batch system, not only and not always by `force`.
+
+        In its queue nobody could read the answer, and that may be long. But a kill during the launch prevents it, or
+        comes too early for the batch system to hear of it, and of neither would anybody learn.
+        """
+        if self.facts.batch and status is not None and status.state in WAITING:
+            return status.state == "queued"
+        return force
 
     async def _may_run(self, job_id: str, status: Status) -> bool:
         """Whether a job that Pulsar does not know may run all the same: it is on the way, or outlived Pulsar's death.
@@ -506,6 +535,11 @@ def _is_fresh(progress: job.Progress | None) -> bool:
 
 def _is_active(status: Status | None) -> bool:
     return status is not None and (status.state in WAITING or status.state in RUNNING)
+
+
+def _is_vague(status: Status) -> bool:
+    """Whether Pulsar says that the job's script has ended, but not how: it may not have."""
+    return status.state == "complete" and status.returncode is None
 
 
 def _listed(status: Status, name: str) -> bool:
