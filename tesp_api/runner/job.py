@@ -112,6 +112,7 @@ class Plan(NamedTuple):
     """All that the runner needs to know of one attempt of a task.
 
     `directories`: container paths below mounts that must be directories before the first executor starts.
+    `time_limit` (seconds) and `queue` are for the site's batch system, not for the runner.
     """
 
     job_id: str
@@ -126,6 +127,8 @@ class Plan(NamedTuple):
     file_roots: List[FileRoot] = []
     log_bytes: int = 131072
     directories: List[str] = []
+    time_limit: Optional[int] = None
+    queue: Optional[str] = None
     version: int = VERSION
 
 

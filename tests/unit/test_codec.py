@@ -54,6 +54,7 @@ ATTEMPTS = st.builds(
     ended=MAYBE,
     abandoned=st.booleans(),
     forgotten=st.booleans(),
+    withdrawn=st.booleans(),
     log=LOGS,
 )
 
@@ -67,7 +68,7 @@ def test_the_strategy_covers_every_field() -> None:
     """A new field must be in the round trip above."""
     assert {each.name for each in fields(Attempt)} == {
         *("number", "job_id", "site", "assigned", "submitted", "heard", "beat", "looks", "cancel_sent", "cancels"),
-        *("ended", "abandoned", "forgotten", "log"),
+        *("ended", "abandoned", "forgotten", "withdrawn", "log"),
     }
 
 

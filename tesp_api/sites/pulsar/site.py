@@ -77,6 +77,9 @@ class Carrier(Protocol):
     def updates(self) -> AsyncIterator[tuple[str, Status]]:
         """What Pulsar sends by itself."""
 
+    async def check(self) -> str:
+        """Ask something harmless, to see that Pulsar is there and lets us in; its version, empty if it is not told."""
+
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(
@@ -136,8 +139,11 @@ class PulsarSite:
         """See Site. A repeated submit asks first: only a job that is unknown or still being set up is sent again."""
         launch = messages.launch(plan, self._command_line)
         async with self._turns.turn(plan.job_id):
-            await self._deliver()
-            status = await self._status(plan.job_id)
+            try:
+                await self._deliver()
+                status = await self._status(plan.job_id)
+            except SiteUnavailable as error:  # this far it was about other things
+                raise SiteUnavailable(str(error), unsent=True) from error
             if status is None or status.state not in (LOST, "preprocessing"):
                 return
             self._launched_with[plan.job_id] = self._deliveries
@@ -346,6 +352,10 @@ class PulsarSite:
             log.debug("%s: %s", job_id, error)
         except Exception:
             log.exception("looking at %s failed", job_id)
+
+    async def check(self) -> str:
+        """See Site."""
+        return await self._carrier.check()
 
     # Cancel and forget
 
