@@ -89,11 +89,15 @@ def sites(url: Url = HERE) -> None:
             _of(load["cpus"], capacity.get("cpus")),
             _of(load["ram_gb"], capacity.get("ram_gb")),
         )
-        said = f"{error['time'][:19]} {error['message']}" if error else ""
+        said = f"{error['time'][:19]} {_printable(error['message'])}" if error else ""
         rows.append((site["name"], site["carrier"], site["health"], site.get("version", ""), *used, said))
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     for row in rows:
         typer.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _printable(text: str) -> str:
+    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 def _of(used: float, limit: float | None) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol, Self
 
-from tesp_api.errors import SiteError, SiteUnavailable
+from tesp_api.errors import SiteClosed, SiteError, SiteUnavailable
 from tesp_api.runner import job
 from tesp_api.runner.bundle import Bundle, command
 from tesp_api.sites import SiteFacts, documents
@@ -200,6 +200,8 @@ class PulsarSite:
             else:
                 observations.append(each)
         if errors and len(errors) == len(job_ids):
+            if isinstance(errors[0], SiteClosed):
+                raise errors[0]
             raise SiteUnavailable(str(errors[0])) from errors[0]
         return observations
 
