@@ -221,7 +221,9 @@ class Dispatcher:
         if fresh and unsent:
             line = await self._waits.line(task, Choice(down=(attempt.site,)), lambda site: reason, self._clock())
             back = await record(
-                self._store, task, lambda now: lifecycle.unassign(now, task, self._clock(), *([line] if line else []))
+                self._store,
+                task,
+                lambda current: lifecycle.unassign(current, task, self._clock(), *([line] if line else [])),
             )
             if back is not None:
                 return

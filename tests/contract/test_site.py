@@ -131,9 +131,9 @@ async def sites(place: Place, count: int) -> AsyncIterator[list[Site]]:
 
 @on
 async def test_a_site_can_be_asked_how_it_is(place: Place, site: Site) -> None:
-    before = set(place.jobs.iterdir())
+    before = set(place.jobs.glob("*"))
     assert isinstance(await site.check(), str)
-    assert set(place.jobs.iterdir()) == before, "to ask leaves nothing behind"
+    assert set(place.jobs.glob("*")) <= before, "to ask leaves nothing behind"
 
 
 @on
