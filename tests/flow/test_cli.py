@@ -156,13 +156,24 @@ def test_a_task_from_a_file_or_from_standard_input(server: list[dict[str, Any]],
 
 SITES = {
     "sites": [
-        {"name": "a", "carrier": "rest", "health": "up", "version": "0.15.16", "capacity": {"max_jobs": 8, "cpus": 16.0},
-         "load": {"jobs": 2, "cpus": 3.0, "ram_gb": 1.5}},
-        {"name": "far-away", "carrier": "amqp", "health": "down", "capacity": {},
-         "load": {"jobs": 0, "cpus": 0.0, "ram_gb": 0.0},
-         "last_error": {"message": "no\u001b[31m answer", "time": "2026-01-31T12:00:00.000000Z"}},
+        {
+            "name": "a",
+            "carrier": "rest",
+            "health": "up",
+            "version": "0.15.16",
+            "capacity": {"max_jobs": 8, "cpus": 16.0},
+            "load": {"jobs": 2, "cpus": 3.0, "ram_gb": 1.5},
+        },
+        {
+            "name": "far-away",
+            "carrier": "amqp",
+            "health": "down",
+            "capacity": {},
+            "load": {"jobs": 0, "cpus": 0.0, "ram_gb": 0.0},
+            "last_error": {"message": "no\u001b[31m answer", "time": "2026-01-31T12:00:00.000000Z"},
+        },
     ]
-}  # fmt: skip
+}
 
 
 class OneAnswer(http.server.BaseHTTPRequestHandler):
