@@ -85,13 +85,13 @@ async def forgotten(site: Site, job_id: str) -> None:
     await until(look, f"{job_id} forgotten")
 
 
-async def exists(path: Path) -> None:
+async def exists(path: Path, *, within: float = 60.0) -> None:
     """Wait for a file with something in it."""
 
     async def look() -> bool:
         return path.exists() and path.stat().st_size > 0
 
-    await until(look, str(path))
+    await until(look, str(path), within=within)
 
 
 DOCKER = Path(__file__).parent.parent / "docker" / "pulsar"

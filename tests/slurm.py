@@ -104,6 +104,9 @@ class Slurm:
         """End everything, jobs included."""
         if "slurmctld" in self._processes:
             self.tell("scancel", "--user", "root", "--signal", "KILL", "--full", check=False)
+            self.tell("scancel", "--user", "root", check=False)
+            if "slurmd" in self._processes:  # else what watches over each job would stay
+                self._until(lambda: not self.tell("squeue", "-h", check=False).split(), "the end of the jobs")
         for name in reversed(list(self._processes)):
             self.end(name)
 

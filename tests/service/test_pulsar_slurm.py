@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -209,7 +210,7 @@ def test_a_controller_that_is_away_ends_no_job(slurm: Slurm, server: PulsarServe
             await running(site, runs.job_id, within=PATIENCE)
             await in_state(slurm, waits, "PENDING")
             await exists(server.staging / waits.job_id / "metadata" / "slurm-state", within=PATIENCE)  # Slurm has it
-            slurm.end("slurmctld")
+            slurm.end("slurmctld", signal.SIGTERM)  # killed, it would forget the jobs of its last seconds
             try:
                 for plan, wanted in ((runs, Phase.RUNNING), (waits, Phase.WAITING)):
                     (seen,) = await site.observe([plan.job_id])
