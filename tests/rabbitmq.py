@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -101,11 +102,13 @@ class Broker:
             self._process.wait(60)
 
     def remove(self) -> None:
-        """Kill it and its port mapper, and remove what it kept."""
+        """Kill it and all that it has started, its port mapper too, and remove what it kept."""
         self.kill()
-        subprocess.run(
-            ["epmd", "-kill"], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False
-        )
+        mine = f"HOME={self._home}".encode()
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+                if entry.name.isdigit() and mine in (entry / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(entry.name), signal.SIGKILL)
         shutil.rmtree(self._home, ignore_errors=True)
 
     def control(self, *arguments: str) -> str:

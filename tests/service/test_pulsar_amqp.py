@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import logging
@@ -452,6 +453,25 @@ def test_queues_that_an_admin_has_deleted_are_made_again(own_world: World) -> No
 
             await until(launched, "the queue", within=LONG)
             await ended(site, launch.job_id, within=LONG)
+
+    asyncio.run(main())
+
+
+def test_a_queue_of_updates_that_an_admin_has_deleted_is_listened_to_again(own_world: World) -> None:
+    async def main() -> None:
+        async with AmqpPost(own_world.broker.url, check_every=0.2) as our_post, channel_to(own_world.broker) as channel:
+            await our_post.send("status", {"job_id": "a-1"})
+            letters = our_post.letters()
+            heard = asyncio.create_task(anext(letters))
+            own_world.broker.control("delete_queue", "pulsar__status_update")
+
+            async def told() -> bool:
+                with contextlib.suppress(aio_pika.exceptions.DeliveryError):  # there is no such queue at the moment
+                    await post(channel, b'{"job_id": "a-2"}')
+                return heard.done()
+
+            await until(told, "a letter", within=LONG)
+            await letters.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(main())
 

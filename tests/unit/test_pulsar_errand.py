@@ -16,12 +16,17 @@ from tesp_api.runner import jobdir, messenger
 from tesp_api.runner.bundle import build, pseudo_job
 from tesp_api.sites.pulsar import errand
 from tesp_api.sites.pulsar.errand import Failed, Install, NoRoom, Outcome, Read, Remove, Request, Write
-from tests import standin
+from tests import pythons, standin
 
 RUNNER = standin.bundle()
 
 
-def carry_out(staging: Path, *requests: Request, spent: tuple[str, ...] = ()) -> dict[Request, Outcome]:
+PYTHONS = {version: python for version, python in pythons.found().items() if not version.startswith("2.")}
+
+
+def carry_out(
+    staging: Path, *requests: Request, spent: tuple[str, ...] = (), python: str = sys.executable
+) -> dict[Request, Outcome]:
     """Send the requests out as Pulsar would: files staged, the command run in the job's working directory."""
     errand_id = errand.new_id()
     launch = errand.launch(errand_id, requests, spent)
@@ -30,7 +35,7 @@ def carry_out(staging: Path, *requests: Request, spent: tuple[str, ...] = ()) ->
     (staging / errand_id / "inputs").mkdir()
     for each in launch.files:
         (staging / errand_id / "inputs" / each.name).write_text(each.text, "ascii")
-    command = [sys.executable if each == "python3" else each for each in launch.command_line.split()]
+    command = [python if each == "python3" else each for each in launch.command_line.split()]
     done = subprocess.run(command, cwd=working, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     found = errand.outcomes(errand_id, (working / "result.json").read_text("ascii"), requests)
@@ -47,7 +52,8 @@ def staging(tmp_path: Path) -> Path:
     return tmp_path / "staging"
 
 
-def test_an_errand_reads_writes_installs_and_removes(staging: Path) -> None:
+@pytest.mark.parametrize("version", PYTHONS)
+def test_an_errand_reads_writes_installs_and_removes(staging: Path, version: str) -> None:
     (staging / "t-2").mkdir()
     spent = errand.new_id()
     (staging / spent / "working").mkdir(parents=True)
@@ -57,7 +63,9 @@ def test_an_errand_reads_writes_installs_and_removes(staging: Path) -> None:
         Read("t-3", "result.json", 9),
     )
     write, remove, install = Write("t-1", "answer.json", '{"cancel": true}'), Remove("t-2"), Install(RUNNER)
-    found = carry_out(staging, read, write, install, long, remove, missing, spent=(spent, "t-1"))
+    found = carry_out(
+        staging, read, write, install, long, remove, missing, spent=(spent, "t-1"), python=PYTHONS[version]
+    )
     assert found == {read: b'{"job_id": "t-1"}', long: None, missing: None, write: None, remove: None, install: None}
     assert (staging / "t-1" / "answer.json").read_text() == '{"cancel": true}'
     assert (staging / pseudo_job(RUNNER.sha256) / "inputs" / "runner.pyz").read_bytes() == RUNNER.data

@@ -391,6 +391,40 @@ def test_a_job_on_the_way_is_not_taken_for_gone(tmp_path: Path) -> None:
     with_pulsar(test, tmp_path)
 
 
+def test_whether_a_job_had_begun_is_not_judged_by_an_old_look(tmp_path: Path) -> None:
+    async def test(post: SmallPulsar, carrier: MailCarrier) -> None:
+        site = PulsarSite(SiteFacts(name="x"), carrier, standin.bundle())
+        await carrier.launch(Launch("t-1", "true", ()))
+        progress_of(tmp_path, "t-1")
+        (seen,) = await site.observe(["t-1"])
+        assert seen.progress is not None
+        assert seen.progress.phase == "waiting"
+        progress_of(tmp_path, "t-1", phase="running", started=NOW, beat=1)
+        updates = site.updates()
+        post.say({"job_id": "t-1", "status": "complete", "returncode": 1})
+        seen = await anext(updates)
+        assert (seen.phase, seen.exit_code) == (Phase.ENDED, None)
+        await updates.aclose()  # type: ignore[attr-defined]
+
+    with_pulsar(test, tmp_path)
+
+
+def test_a_job_that_waits_for_ever_by_pulsars_word_is_looked_at(tmp_path: Path) -> None:
+    """A Pulsar that could not take it up again after its own death says so of a job that runs, or has ended."""
+
+    async def test(post: SmallPulsar, carrier: MailCarrier) -> None:
+        site = PulsarSite(SiteFacts(name="x"), carrier, standin.bundle())
+        post.states["t-1"] = "queued"
+        progress_of(tmp_path, "t-1", phase="running", started=NOW, beat=1)
+        (seen,) = await site.observe(["t-1"])
+        assert (seen.phase, post.errands) == (Phase.WAITING, 0)
+        site._pulses["t-1"].since -= 1000
+        (seen,) = await site.observe(["t-1"])
+        assert (seen.phase, post.errands) == (Phase.RUNNING, 1)
+
+    with_pulsar(test, tmp_path)
+
+
 def test_a_delivery_goes_on_when_a_submit_gives_up(tmp_path: Path) -> None:
     async def test(post: SmallPulsar, carrier: MailCarrier) -> None:
         site = PulsarSite(SiteFacts(name="x"), carrier, standin.bundle())

@@ -71,16 +71,25 @@ class AmqpPost:
     """See Post. `url` as aio-pika takes it: `amqp[s]://user:password@host:port/vhost?cafile=...`.
 
     `manager` is the Pulsar manager's name if it is not the default one; `key_prefix` is Pulsar's `amqp_key_prefix` if
-    that is set. `timeout` is for one call of the broker.
+    that is set. `timeout` is for one call of the broker; `check_every`: see CHECK_EVERY.
     """
 
-    def __init__(self, url: str, *, manager: str = "", key_prefix: str = "", timeout: float = 30.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        manager: str = "",
+        key_prefix: str = "",
+        timeout: float = 30.0,
+        check_every: float = CHECK_EVERY,
+    ) -> None:
         self._url, shown = _url(url)
         manager = manager or DEFAULT_MANAGER
         self.where = f"Pulsar behind {shown}" + ("" if manager == DEFAULT_MANAGER else f" (manager {manager})")
         self._broker = f"The broker {shown}"
         self._prefix = key_prefix or ("pulsar_" if manager == DEFAULT_MANAGER else f"pulsar_{manager}_")
         self._timeout = timeout
+        self._check_every = check_every
         self._letters: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
         self._copies: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
         self._sending = asyncio.Semaphore(SENDING)
@@ -245,7 +254,7 @@ class AmqpPost:
     async def _until_broken(self, shared: AbstractQueue) -> None:
         while True:
             try:
-                async with asyncio.timeout(CHECK_EVERY):
+                async with asyncio.timeout(self._check_every):
                     await self._broken.wait()
                 return
             except TimeoutError:

@@ -236,7 +236,7 @@ class PulsarSite:
         )
 
     async def _active(self, job_id: str, status: Status) -> Observation:
-        if self._carrier.by_mail and status.state in WAITING:
+        if self._carrier.by_mail and status.state in WAITING and not self._is_still(job_id, None):
             return Observation(job_id=job_id, phase=Phase.WAITING)
         progress = await (self._latest(job_id) if self._carrier.by_mail else self._progress(job_id))
         result = None
@@ -257,7 +257,8 @@ class PulsarSite:
             result = await self._result(job_id)
         if result is not None:
             return self._end(Observation(job_id=job_id, phase=Phase.ENDED, result=result, exit_code=code))
-        progress = await self._progress(job_id) if _listed(status, PROGRESS) else None
+        # Fresh: whether anything was started must not be judged by what was so a while ago.
+        progress = await self._progress(job_id, fresh=True) if _listed(status, PROGRESS) else None
         if code == job.EXIT_DUPLICATE and not (self._carrier.by_mail and _is_fresh(progress)):
             # The second of two launches stood back; Pulsar takes its end for the end of both.
             return Observation(job_id=job_id, phase=Phase.RUNNING, progress=progress, exit_code=code)
