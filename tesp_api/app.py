@@ -9,7 +9,7 @@ import secrets
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -23,9 +23,11 @@ from starlette.responses import JSONResponse, Response
 from tesp_api import __version__
 from tesp_api.api import PREFIXES, Api, ServiceDescription, problems, router
 from tesp_api.api import relay as relay_api
+from tesp_api.api.jobs import PATH, Jobs
 from tesp_api.api.openapi import add_docs, openapi
 from tesp_api.api.origins import ForeignPages
 from tesp_api.api.repeats import Creates
+from tesp_api.api.routes import Methods
 from tesp_api.dispatch import loop
 from tesp_api.dispatch.dispatcher import Dispatcher
 from tesp_api.dispatch.keeper import Keeper
@@ -36,7 +38,7 @@ from tesp_api.lifecycle import Policy
 from tesp_api.relay import Manager
 from tesp_api.runner.bundle import build
 from tesp_api.runner.job import FileRoot, Runtime
-from tesp_api.settings import Settings, SiteKeys, SiteSettings
+from tesp_api.settings import BY_MAIL, Settings, SiteKeys, SiteSettings
 from tesp_api.sites import Site, SiteFacts
 from tesp_api.sites.local import LocalSite
 from tesp_api.sites.pulsar.amqp import AmqpPost
@@ -73,6 +75,7 @@ class Service:
     dispatcher: Dispatcher
     poller: Poller
     keeper: Keeper
+    policies: Mapping[str, Policy]
     dispatches: bool = True
     loops: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -139,16 +142,46 @@ def _tell_of_death(task: asyncio.Task[None]) -> None:
         log.critical("The loop %r died; the service is not ready any more.", task.get_name(), exc_info=error)
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The web application, whose lifespan runs the whole service. Raises TespError for settings that cannot work."""
-    service = build_service(settings)
+@contextmanager
+def _before_stop(*calls: Callable[[], None]) -> Iterator[None]:
+    """Have `calls` made when the process is told to stop. The server waits for open requests before it tells us, and
+    so would all those that stay open until something happens."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        for call in calls:
+            loop.call_soon_threadsafe(call)
+        if callable(handler := before[signal.Signals(number)]):
+            handler(number, frame)
+
+    chained = [number for number, handler in before.items() if callable(handler)]
+    for number in chained:
+        signal.signal(number, heard)
+    try:
+        yield
+    finally:
+        for number in chained:
+            signal.signal(number, before[number])
+
+
+def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
+    """The web application, whose lifespan runs the whole service. Raises TespError for settings that cannot work.
+
+    `service` in place of the one that the settings describe.
+    """
+    service = service or build_service(settings)
     creates = Creates(service.store)
+    jobs = Jobs(service.store, service.policies, service.store.clock)
     relay = _relay(service.mailbox, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with service.run(), creates.noting():
-            with _before_the_stop(relay.close) if relay else nullcontext():
+            with _before_stop(*(each.close for each in (jobs, relay) if each is not None)):
                 yield
 
     app = FastAPI(
@@ -172,6 +205,7 @@ def create_app(settings: Settings) -> FastAPI:
         )
     if "api" in settings.server.roles:
         _add_api(app, service, creates, settings)
+        Methods(POST=jobs.report).add_to(app.router, f"{PATH}/{{id}}")
     if relay is not None:
         relay.add_to(app.router)
     _add_health(app, service)
@@ -208,30 +242,6 @@ def _relay(mailbox: Mailbox, settings: Settings) -> relay_api.Relay | None:
     return relay_api.Relay(mailbox, accounts, max_body=int(settings.server.max_body_mb * (1 << 20)))
 
 
-@contextmanager
-def _before_the_stop(do: Callable[[], None]) -> Iterator[None]:
-    """Have something done when the process is asked to stop: the server waits for open requests before it tells us."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    loop = asyncio.get_running_loop()
-    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(do)
-        if callable(handler := former[signal.Signals(number)]):
-            handler(number, frame)
-
-    taken = [number for number, handler in former.items() if callable(handler)]
-    for number in taken:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, former[number])
-
-
 def _manager(keys: SiteSettings) -> Manager:
     return Manager(keys.name, keys.relay_topic_prefix, keys.manager)
 
@@ -241,23 +251,24 @@ def build_service(settings: Settings) -> Service:
     store = _store(settings)
     dispatches = "dispatch" in settings.server.roles
     sites = {site.facts.name: site for site in _sites(settings, store.mail)} if dispatches else {}
-    policies = {
-        name: Policy(
-            lease=settings.dispatch.lease,
-            patience=site.facts.patience,
-            first_look=site.facts.first_look,
-            poll_interval=site.facts.poll_interval,
-            cancel_grace=site.facts.cancel_grace,
-            max_attempts=settings.retry.max_attempts,
-            backoff=settings.retry.backoff,
-        )
-        for name, site in sites.items()
-    }
+    policies = {keys.name: _policy(settings, _facts(settings, keys)) for keys in _all_site_settings(settings)}
     news = SiteNews()
     dispatcher = Dispatcher(store, sites, policies, store.clock, news, settings.dispatch.take_over)
     poller = Poller(store, sites, policies, dispatcher.submit, store.clock, news)
     keeper = Keeper(store, settings.retention.days, _owned(settings) if dispatches else {})
-    return Service(store, store.mail, sites, dispatcher, poller, keeper, dispatches)
+    return Service(store, store.mail, sites, dispatcher, poller, keeper, policies, dispatches)
+
+
+def _policy(settings: Settings, facts: SiteFacts) -> Policy:
+    return Policy(
+        lease=settings.dispatch.lease,
+        patience=facts.patience,
+        first_look=facts.first_look,
+        poll_interval=facts.poll_interval,
+        cancel_grace=facts.cancel_grace,
+        max_attempts=settings.retry.max_attempts,
+        backoff=settings.retry.backoff,
+    )
 
 
 def _store(settings: Settings) -> SqliteStore | MongoStore:
@@ -401,7 +412,7 @@ def _make_roots(keys: SiteKeys) -> None:
 
 def _facts(settings: Settings, keys: SiteSettings) -> SiteFacts:
     own = keys.carrier in ("embedded", "local")
-    by_mail = keys.carrier in ("amqp", "relay")
+    by_mail = keys.carrier in BY_MAIL
     docker_host = settings.container.docker_host or (os.environ.get("DOCKER_HOST", "") if own else "")
     return SiteFacts(
         name=keys.name,
@@ -425,4 +436,6 @@ def _facts(settings: Settings, keys: SiteSettings) -> SiteFacts:
         if by_mail
         else 0.1,  # ours tell of their jobs by themselves, and so does a broker
         cancel_grace=keys.cancel_grace,
+        # Of jobs on our own machine we see every step in their files.
+        report_url="" if own or not settings.server.public_url else settings.server.public_url.rstrip("/") + PATH,
     )

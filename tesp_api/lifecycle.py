@@ -15,7 +15,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from tesp_api.runner import job
-from tesp_api.task import ACTIVE, FINAL, Attempt, Observation, Phase, Task, job_id, rfc3339
+from tesp_api.task import ACTIVE, FINAL, Attempt, Observation, Phase, Task, job_id, rfc3339, storable
 from tesp_api.tes import TesExecutorLog, TesOutputFileLog, TesState, TesTaskLog
 
 TRANSITIONS: Final[Mapping[TesState, frozenset[TesState]]] = {
@@ -57,6 +57,19 @@ LONGEST_BACKOFF: Final = 300.0
 
 CLEAN_UP_FOR: Final = 7 * 86400.0
 """Seconds for which we try to remove a finished job from a site that does not answer."""
+
+
+MOST_TOKENS: Final = 4
+"""Submits of one job of which any may be the one that arrives."""
+
+REPORTS_FOR: Final = 60.0
+"""Seconds after a noted report for which the job counts as one that reports by itself."""
+
+NOTED_FOR: Final = 10.0
+"""Seconds after a noted report in which another one that brings no news need not be noted."""
+
+SOON: Final = 1.0
+"""Seconds within which the next look at a job is soon enough for one who wants to see what it does."""
 
 
 class Keep(Enum):
@@ -123,22 +136,20 @@ def _change(
         state=state,
         due_at=due_at,
         attempt=attempt,
-        streams={key: _storable(text) for key, text in (streams or {}).items()},
-        system=tuple(_storable(line) for line in system),
+        streams={key: storable(text) for key, text in (streams or {}).items()},
+        system=tuple(storable(line) for line in system),
         system_of=number,
     )
-
-
-def _storable(text: str) -> str:
-    """Text from a node or an error, without the lone surrogates that no store takes."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 # The way forward: QUEUED -> INITIALIZING -> RUNNING
 
 
-def assign(task: Task, site: str, now: float, policy: Policy) -> Change | None:
-    """Give a QUEUED task its next attempt at `site`. The job id is stored by this, before any submit."""
+def assign(task: Task, site: str, now: float, policy: Policy, *, token: str = "") -> Change | None:
+    """Give a QUEUED task its next attempt at `site`. The job id is stored by this, before any submit.
+
+    `token`: the hash of what the job names itself with when it reports; empty if it is not to report.
+    """
     if task.state is not TesState.QUEUED:
         return None
     number = len(task.attempts) + 1
@@ -148,9 +159,18 @@ def assign(task: Task, site: str, now: float, policy: Policy) -> Change | None:
         site=site,
         assigned=now,
         heard=now,
+        tokens=(token,) if token else (),
         log=TesTaskLog(logs=[], outputs=[], start_time=rfc3339(now), metadata={"site": site}),
     )
     return _change(task, TesState.INITIALIZING, due_at=now + policy.lease, attempt=attempt)
+
+
+def with_token(task: Task, number: int, token: str) -> Change | None:
+    """Attempt `number` is submitted again, with a token of this hash. Whichever of the submits arrives may report."""
+    attempt = task.attempt
+    if attempt is None or attempt.number != number or task.state not in ACTIVE:
+        return None
+    return _change(task, attempt=replace(attempt, tokens=(*attempt.tokens, token)[-MOST_TOKENS:]))
 
 
 def confirmed(task: Task, number: int, now: float, policy: Policy) -> Change | None:
@@ -165,10 +185,26 @@ def confirmed(task: Task, number: int, now: float, policy: Policy) -> Change | N
 def next_look(attempt: Attempt, now: float, policy: Policy, *, canceling: bool = False) -> float:
     """When to look at a job again: after a tenth of its age, within bounds; often while it is cancelled.
 
-    No container task is quicker than `first_look`, so half of that is the least pause.
+    No container task is quicker than `first_look`, so half of that is the least pause. A job that reports by itself is
+    only looked at for the case that it does so no more.
     """
+    if reports(attempt, now) and not canceling:
+        return now + max(policy.poll_interval, min(6 * policy.poll_interval, policy.patience / 3))
     age = now - (attempt.cancel_sent if canceling and attempt.cancel_sent else attempt.submitted or attempt.assigned)
     return now + min(max(0.1 * age, 0.5 * policy.first_look), policy.poll_interval)
+
+
+def reports(attempt: Attempt, now: float) -> bool:
+    """Whether the job tells by itself how it is."""
+    return attempt.reported is not None and 0 <= now - attempt.reported < REPORTS_FOR
+
+
+def look_now(task: Task, now: float) -> Change | None:
+    """Somebody wants to see what a running task does. None: it is looked at soon anyway, or tells by itself."""
+    attempt = task.attempt
+    if task.state is not TesState.RUNNING or attempt is None or reports(attempt, now):
+        return None
+    return _change(task, due_at=now) if task.due_at is not None and task.due_at - now > SOON else None
 
 
 def wait(task: Task, now: float, reason: str, *, pause: float) -> Change:
@@ -231,7 +267,20 @@ def observed(task: Task, seen: Observation, now: float, policy: Policy) -> Chang
     return _going_on(task, attempt, seen, now, policy)
 
 
+def reported(task: Task, seen: Observation, now: float, policy: Policy) -> Change | None:
+    """What a job's own report means. None also if it brings nothing to be kept: most only show that the job lives."""
+    change, attempt = observed(task, seen, now, policy), task.attempt
+    if change is None or change.state is not None or attempt is None:
+        return change
+    if seen.progress is not None and seen.progress.phase == "done":  # its result was too long for a report
+        return replace(change, due_at=now)
+    if attempt.submitted is None or attempt.reported is None or not 0 <= now - attempt.reported < NOTED_FOR:
+        return change
+    return None
+
+
 def _heard(attempt: Attempt, seen: Observation, now: float) -> Attempt:
+    attempt = replace(attempt, reported=now) if seen.reported else attempt
     attempt = replace(attempt, looks=attempt.looks + 1, submitted=attempt.submitted or _known_since(seen, now))
     beat = seen.progress.beat if seen.progress else -1
     if beat > attempt.beat:
@@ -325,10 +374,10 @@ def _task_log(attempt: Attempt, result: job.Result) -> tuple[TesTaskLog, dict[tu
         for each in result.executors
     ]
     outputs = [
-        TesOutputFileLog(url=_storable(each.url), path=_storable(each.path), size_bytes=int(each.size_bytes))
+        TesOutputFileLog(url=storable(each.url), path=storable(each.path), size_bytes=int(each.size_bytes))
         for each in result.outputs
     ]
-    told = {_storable(str(key)): _storable(str(value)) for key, value in result.metadata.items()}
+    told = {storable(str(key)): storable(str(value)) for key, value in result.metadata.items()}
     metadata = {**(attempt.log.metadata or {}), **told}
     log = TesTaskLog(
         logs=logs, outputs=outputs, metadata=metadata, start_time=attempt.log.start_time, end_time=result.end_time

@@ -111,6 +111,12 @@ def _roots(value: Any) -> Any:
     return value
 
 
+def _public(text: str) -> str:
+    if text and (not _is_web(text) or not text.isascii() or any(sign in text for sign in "?#@")):
+        raise ValueError("must be http:// or https:// with a host, in ASCII, without a user, a query and a fragment")
+    return text
+
+
 WebUrl = Annotated[str, AfterValidator(_web)]
 OptionalWebUrl = Annotated[str, AfterValidator(_web_or_nothing)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_one_as_list)]
@@ -127,6 +133,7 @@ class Server(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
+    public_url: Annotated[str, AfterValidator(_public)] = ""
     data_dir: Path = Path("data")
     cors_origins: Texts = ()
     max_body_mb: float = Field(default=32.0, gt=0)
@@ -304,9 +311,7 @@ class Settings(Section):
             raise ValueError(
                 "pulsar.amqp_url: pulsar.url is set as well, and a Pulsar is reached in one way; unset one"
             )
-        by_mail = (
-            any(site.carrier in ("amqp", "relay") for site in self.sites) if self.sites else bool(self.pulsar.amqp_url)
-        )
+        by_mail = any(site.carrier in BY_MAIL for site in self.sites) if self.sites else bool(self.pulsar.amqp_url)
         if by_mail and self.dispatch.lease < SHORTEST_LEASE_BY_MAIL:
             raise ValueError(
                 f"dispatch.lease: a site by {' or '.join(BY_MAIL)} needs {SHORTEST_LEASE_BY_MAIL:.0f} seconds or more"

@@ -6,6 +6,7 @@ nested TES models are not repeated here: TES is a published language and its mod
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import threading
@@ -44,7 +45,10 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What a site knows of one job at one moment. `exit_code` is the runner's, where the site tells it."""
+    """What a site knows of one job at one moment. `exit_code` is the runner's, where the site tells it.
+
+    `reported`: the job has sent this by itself, so it need not be asked often.
+    """
 
     job_id: str
     phase: Phase
@@ -52,6 +56,7 @@ class Observation:
     result: job.Result | None = None
     exit_code: int | None = None
     detail: str = ""
+    reported: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,8 @@ class Attempt:
     `looks` counts the looks at it since its last step. `cancels` counts our requests to stop, the first at
     `cancel_sent`. `ended` is when we saw it over, or gave it up; `abandoned` says the latter: something of it may still
     run. `forgotten`: nothing of it is left at the site.
+    `tokens`: hashes of what the job may name itself with when it reports, one for each of the latest submits;
+    `reported` is when a report was last noted here.
     `log` is TES's, without the texts that `Task.bodies` holds.
     """
 
@@ -79,7 +86,24 @@ class Attempt:
     ended: float | None = None
     abandoned: bool = False
     forgotten: bool = False
+    tokens: tuple[str, ...] = ()
+    reported: float | None = None
     log: TesTaskLog = field(default_factory=lambda: TesTaskLog(logs=[], outputs=[]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tail:
+    """The end of what the running executor has written so far, and how many bytes that was altogether.
+
+    `attempt` is a number, `executor` an index.
+    """
+
+    attempt: int
+    executor: int
+    stdout: str = ""
+    stderr: str = ""
+    stdout_bytes: int = 0
+    stderr_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,12 +111,14 @@ class Bodies:
     """The long texts of a task, which live outside its hot record.
 
     `contents`: input index -> literal content. `streams`: (attempt number, executor index, "stdout" | "stderr") ->
-    text. `system`: attempt number -> lines; number 0 holds what was said before any attempt.
+    text. `system`: attempt number -> lines; number 0 holds what was said before any attempt. `tail`: what the executor
+    that runs has said so far.
     """
 
     contents: Mapping[int, str] = field(default_factory=dict)
     streams: Mapping[tuple[int, int, str], str] = field(default_factory=dict)
     system: Mapping[int, Sequence[str]] = field(default_factory=dict)
+    tail: Tail | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +228,31 @@ def task_of(job: str) -> tuple[str, int]:
     return task_id, int(number)
 
 
+def tail_of(job_id: str, progress: job.Progress | None) -> Tail | None:
+    """What a job's progress shows of its output; None if that is nothing."""
+    if progress is None or progress.stdout_bytes + progress.stderr_bytes == 0:
+        return None
+    _, number = task_of(job_id)
+    return Tail(
+        attempt=number,
+        executor=progress.executor,
+        stdout=storable(progress.stdout),
+        stderr=storable(progress.stderr),
+        stdout_bytes=progress.stdout_bytes,
+        stderr_bytes=progress.stderr_bytes,
+    )
+
+
+def storable(text: str) -> str:
+    """Text from a node or an error, without the lone surrogates that no store takes."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def token_hash(token: str) -> str:
+    """What is kept of a token. A plain hash will do: nobody guesses 32 random bytes."""
+    return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
+
+
 def put_attempt(attempts: tuple[Attempt, ...], attempt: Attempt) -> tuple[Attempt, ...]:
     """`attempts` with `attempt` in its place: replaced by number, or appended when it is the next one."""
     at = attempt.number - 1
@@ -218,6 +269,7 @@ __all__ = [
     "Bodies",
     "Observation",
     "Phase",
+    "Tail",
     "Task",
     "job_id",
     "new_id",
@@ -225,5 +277,8 @@ __all__ = [
     "put_attempt",
     "replace",
     "rfc3339",
+    "storable",
+    "tail_of",
     "task_of",
+    "token_hash",
 ]

@@ -56,14 +56,14 @@ async def phase(site: Site, job_id: str, *wanted: Phase, within: float = 60.0) -
     return await until(look, f"{job_id} {'/'.join(wanted)}", within=within)
 
 
-async def running(site: Site, job_id: str) -> Observation:
+async def running(site: Site, job_id: str, *, within: float = 20.0) -> Observation:
     """The first observation of the job that shows a running executor."""
 
     async def look() -> Observation | None:
         (seen,) = await site.observe([job_id])
         return seen if seen.progress is not None and seen.progress.phase == "running" else None
 
-    return await until(look, f"{job_id} running")
+    return await until(look, f"{job_id} running", within=within)
 
 
 async def ended(site: Site, job_id: str, *, within: float = 60.0) -> Observation:
@@ -94,8 +94,15 @@ async def exists(path: Path) -> None:
     await until(look, str(path))
 
 
+DOCKER = Path(__file__).parent.parent / "docker" / "pulsar"
+"""The configuration files that docs/pulsar.md hands to admins."""
+
+
 class PulsarServer:
-    """A `pulsar-serve` on 127.0.0.1 that can be killed and started again."""
+    """A `pulsar-serve` on 127.0.0.1 that can be killed and started again.
+
+    `app` is the text of an app.yml beside the server.ini of docker/pulsar; `variables` are for Pulsar's environment.
+    """
 
     def __init__(
         self,
@@ -111,10 +118,12 @@ class PulsarServer:
         self.staging = directory / "staging"
         self.process: subprocess.Popen[bytes] | None = None
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "server.ini").write_text(
-            f"[server:main]\nhost = 127.0.0.1\nport = {self.port}\n[app:main]\nstaging_directory = {self.staging}\n"
-            f"persistence_directory = {directory}/persist\nprivate_token = {token}\n"
-        )
+        text = (DOCKER / "server.ini").read_text()
+        values = {"0.0.0.0": "127.0.0.1", "8913": str(self.port), "@STAGING@": str(directory), "@TOKEN@": token}
+        for each, value in values.items():
+            assert each in text
+            text = text.replace(each, value)
+        (directory / "server.ini").write_text(text)
         if app:
             (directory / "app.yml").write_text(app)
 
@@ -157,9 +166,6 @@ class PulsarServer:
         return (self.directory / "log").read_text("utf-8", "replace")
 
 
-DOCKER = Path(__file__).parent.parent / "docker" / "pulsar"
-
-
 class PulsarMain:
     """A `pulsar-main`, which listens on no port but takes its jobs elsewhere; it can be killed and started again.
 
@@ -168,6 +174,8 @@ class PulsarMain:
 
     def __init__(self, directory: Path, config: str, **names: str) -> None:
         self.directory, self.staging = directory, directory / "staging"
+        self.path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.variables: dict[str, str] = {}  # further ones for its environment
         self.process: subprocess.Popen[bytes] | None = None
         directory.mkdir(parents=True, exist_ok=True)
         text = (DOCKER / config).read_text()
@@ -177,7 +185,7 @@ class PulsarMain:
 
     def start(self) -> None:
         """Start it; nobody can tell when it is ready but by its answers."""
-        environment = {"HOME": str(self.directory), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        environment = {"HOME": str(self.directory), "PATH": self.path, **self.variables}
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [

@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
@@ -35,6 +36,9 @@ LONG_BODY: Final = 256 << 10
 """Bytes from which on a body is read in a thread, so that others do not wait."""
 CANCEL_TRIES: Final = 50
 """How often a cancel may lose the race for a record before it gives up; losing twice is already rare."""
+LOOK_EVERY: Final = 1.0
+"""Seconds between two looks at a job that are made because somebody looks at its task."""
+MAX_LOOKS: Final = 1000
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Tasks:
         self._api = api
         self._store = api.store
         self._creates = api.creates or Creates(api.store)
+        self._looks: dict[str, float] = {}  # when somebody last saw what a running task does
 
     async def create(self, request: Request) -> Response:
         """`POST /tasks`. Once this answers, the task is kept whatever happens."""
@@ -119,7 +124,20 @@ class Tasks:
         access = await self._api.access(request)
         view = _view(request.query_params)
         task = await self._find(request, view, access)
+        if view is TesView.FULL:
+            await self._look_again(task)
         return Json(self._show(task, view))
+
+    async def _look_again(self, task: Task) -> None:
+        """Who looks at a running task in FULL will look again, for more of its output: have its job looked at."""
+        change, now = lifecycle.look_now(task, self._api.clock()), time.monotonic()
+        if change is None or now - self._looks.get(task.id, -LOOK_EVERY) < LOOK_EVERY:
+            return
+        if len(self._looks) >= MAX_LOOKS:
+            self._looks.clear()
+        self._looks[task.id] = now
+        with suppress(StoreUnavailable):
+            await self._store.apply(task.id, change)
 
     async def cancel(self, request: Request) -> Response:
         """`POST /tasks/{id}:cancel`. It writes the wish; the rest is the dispatcher's. A final task stays as it is."""

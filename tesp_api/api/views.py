@@ -9,7 +9,7 @@ from typing import Any
 from pydantic_core import from_json
 from starlette.responses import JSONResponse
 
-from tesp_api.task import Attempt, Bodies, Task, rfc3339
+from tesp_api.task import ACTIVE, Attempt, Bodies, Tail, Task, rfc3339
 from tesp_api.tes import TesState, TesView
 
 Document = dict[str, Any]
@@ -44,6 +44,8 @@ def show(task: Task, view: TesView, *, fold_canceling: bool = False, fold_attemp
         for index, content in bodies.contents.items():
             document["inputs"][index]["content"] = content
         logs = _full_logs(attempts, bodies)
+        if bodies.tail is not None and task.state in ACTIVE and attempts and attempts[-1].number == bodies.tail.attempt:
+            logs[-1].setdefault("metadata", {}).update(_tail(bodies.tail))
     if logs:
         document["logs"] = logs
     return document
@@ -79,3 +81,15 @@ def _full_logs(attempts: Sequence[Attempt], bodies: Bodies) -> list[Document]:
             logs.append({"logs": [], "outputs": []})
         logs[0]["system_logs"] = [*early, *logs[0].get("system_logs", ())]
     return logs
+
+
+def _tail(tail: Tail) -> Document:
+    """What the running executor has said so far. TES has no place for that: an entry in `logs.logs` needs an exit
+    code."""
+    return {
+        "executor": str(tail.executor),
+        "stdout_tail": tail.stdout,
+        "stdout_bytes": str(tail.stdout_bytes),
+        "stderr_tail": tail.stderr,
+        "stderr_bytes": str(tail.stderr_bytes),
+    }

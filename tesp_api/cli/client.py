@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,13 @@ FINAL = ("COMPLETE", "EXECUTOR_ERROR", "SYSTEM_ERROR", "CANCELED", "PREEMPTED")
 Url = Annotated[str, typer.Option(envvar="TES_URL", help="The server, for example http://127.0.0.1:8080.")]
 TaskId = Annotated[str, typer.Argument(metavar="ID")]
 HERE = "http://127.0.0.1:8080"
+STREAMS = ("stdout", "stderr")
+LEFT_OUT = re.compile(r"\n\[\.\.\. (\d{1,18}) bytes left out \.\.\.\]\n")
+"""What stands for the middle of a long stream."""
+
+LOOK = 0.5
+"""Seconds between two looks at a task that is followed."""
+
 PAGE = 1000
 """Tasks in one answer at most; a longer list takes several."""
 
@@ -68,9 +76,28 @@ def wait(task_id: TaskId, url: Url = HERE) -> None:
     raise typer.Exit(0 if state == "COMPLETE" else 1)
 
 
-def logs(task_id: TaskId, url: Url = HERE) -> None:
-    """Print what the executors and the system said."""
-    _show_logs(url, task_id)
+def logs(
+    task_id: TaskId,
+    url: Url = HERE,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it grows, until the end.")] = False,
+) -> None:
+    """Print what the executors and the system said; with --follow the exit code is 0 for COMPLETE only."""
+    if not follow:
+        _show_logs(url, task_id)
+        return
+    task, printed = _full(url, task_id), _Printed()
+    while True:
+        printed.more_of(task)
+        if task["state"] in FINAL:
+            break
+        time.sleep(LOOK)
+        task = _full(url, task_id)
+    for attempt in task.get("logs", ()):
+        for index, executor in enumerate(attempt["logs"]):
+            typer.echo(f"executor {index}: exit code {executor['exit_code']}", err=True)
+        _show_rest(attempt)
+    typer.echo(task["state"], err=True)
+    raise typer.Exit(0 if task["state"] == "COMPLETE" else 1)
 
 
 def cancel(task_id: TaskId, url: Url = HERE) -> None:
@@ -91,17 +118,66 @@ def _wait(url: str, task_id: str) -> str:
         pause = min(pause * 1.2, 5.0)
 
 
+class _Printed:
+    """How much of each stream is printed already, in bytes: a server shows the end of what is still growing."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[tuple[int, int, str], int] = {}
+
+    def more_of(self, task: dict[str, Any]) -> None:
+        """Print what is new in a task in FULL."""
+        for number, attempt in enumerate(task.get("logs", ())):
+            for index, executor in enumerate(attempt["logs"]):
+                for name in STREAMS:
+                    self._whole((number, index, name), executor.get(name, "").replace("\ufffd", "?"))
+            told = attempt.get("metadata") or {}
+            for name in STREAMS:
+                size, index = told.get(f"{name}_bytes", ""), told.get("executor", "")
+                if size.isdecimal() and index.isdecimal():
+                    self._print((number, int(index), name), told.get(f"{name}_tail", ""), int(size))
+
+    def _whole(self, key: tuple[int, int, str], text: str) -> None:
+        """A stream that has ended; a long one has a mark in place of its middle."""
+        cut = LEFT_OUT.search(text)
+        if cut is None or key not in self._sizes:
+            self._print(key, text, len(text.encode()))
+            return
+        head, tail = text[: cut.start()], text[cut.end() :]
+        self._print(key, head, len(head.encode()))
+        self._print(key, tail, len(head.encode()) + int(cut[1]) + len(tail.encode()))
+
+    def _print(self, key: tuple[int, int, str], text: str, size: int) -> None:
+        """Print what is new when `text` is the end of the first `size` bytes."""
+        data, new = text.encode(), size - self._sizes.get(key, 0)
+        if new <= 0:
+            return
+        error = key[2] == "stderr"
+        if new > len(data):
+            typer.echo(f"\n[... {new - len(data)} bytes left out ...]", err=error)
+        typer.echo(data[max(0, len(data) - new) :].decode("utf-8", "replace"), nl=False, err=error)
+        self._sizes[key] = size
+
+
+def _full(url: str, task_id: str) -> dict[str, Any]:
+    task: dict[str, Any] = _call("GET", url, f"/tasks/{task_id}", params={"view": "FULL"})
+    return task
+
+
 def _show_logs(url: str, task_id: str) -> None:
-    task = _call("GET", url, f"/tasks/{task_id}", params={"view": "FULL"})
+    task = _full(url, task_id)
     for attempt in task.get("logs", ()):
         for index, executor in enumerate(attempt["logs"]):
             typer.echo(f"executor {index}: exit code {executor['exit_code']}", err=True)
             typer.echo(executor.get("stdout", ""), nl=False)
             typer.echo(executor.get("stderr", ""), nl=False, err=True)
-        for output in attempt["outputs"]:
-            typer.echo(f"output {output['path']} -> {output['url']} ({output['size_bytes']} bytes)", err=True)
-        for line in attempt.get("system_logs", ()):
-            typer.echo(f"system: {line}", err=True)
+        _show_rest(attempt)
+
+
+def _show_rest(attempt: dict[str, Any]) -> None:
+    for output in attempt["outputs"]:
+        typer.echo(f"output {output['path']} -> {output['url']} ({output['size_bytes']} bytes)", err=True)
+    for line in attempt.get("system_logs", ()):
+        typer.echo(f"system: {line}", err=True)
 
 
 def _call(method: str, url: str, path: str, **more: Any) -> Any:

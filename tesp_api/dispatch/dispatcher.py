@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,14 +13,14 @@ from tesp_api import lifecycle
 from tesp_api.dispatch import place
 from tesp_api.dispatch.news import SiteNews
 from tesp_api.dispatch.plan import plan
-from tesp_api.dispatch.record import record
 from tesp_api.dispatch.right import Right
 from tesp_api.errors import PlanError, RightLost, SiteRefused, SiteUnavailable, StoreUnavailable
 from tesp_api.lifecycle import Policy
-from tesp_api.runner.job import Plan
+from tesp_api.record import record
+from tesp_api.runner.job import Plan, ReportTo
 from tesp_api.sites import Site, SiteFacts
 from tesp_api.store import Load, Ring, TaskStore
-from tesp_api.task import ACTIVE, Attempt, Bodies, Task
+from tesp_api.task import ACTIVE, Attempt, Bodies, Task, token_hash
 from tesp_api.tes import TesState, TesView
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Dispatcher:
         self._policies = policies
         self._lease = min((policy.lease for policy in policies.values()), default=Policy().lease)
         self._submitting: set[asyncio.Task[None]] = set()
+        self._tokens: dict[str, str] = {}  # of jobs about to be submitted for the first time
         self._blocked = False
         self._clock = clock
         self._news = news or SiteNews()
@@ -139,11 +141,15 @@ class Dispatcher:
             await record(self._store, task, lambda task: _later(task, now))
             return False
         name, policy = facts.name, self._policies[facts.name]
+        token = secrets.token_urlsafe(32) if facts.report_url else ""
+        hashed = token_hash(token) if token else ""
         taken = await record(
-            self._store, task, lambda task: lifecycle.assign(task, name, now, policy), before=self._before
+            self._store, task, lambda task: lifecycle.assign(task, name, now, policy, token=hashed), before=self._before
         )
         if taken is None:  # cancelled meanwhile
             return False
+        if token and taken.attempt is not None:
+            self._tokens[taken.attempt.job_id] = token
         loads[name] = place.with_one_more(loads.get(name, Load()), task.spec.resources)
         under_way = asyncio.create_task(self.submit(taken), name=f"submit {task.id}")
         self._submitting.add(under_way)
@@ -162,7 +168,10 @@ class Dispatcher:
         assert attempt is not None, "an assigned task has an attempt"
         policy = self._policies[attempt.site]
         try:
-            await self._submit(task, attempt, policy)
+            try:
+                await self._submit(task, attempt, policy)
+            finally:
+                self._tokens.pop(attempt.job_id, None)
         except SiteUnavailable as error:
             reason = str(error)
             self._news.silent(attempt.site, reason)
@@ -210,6 +219,8 @@ class Dispatcher:
         await self._stop_earlier(task, attempt, policy)
         contents = await self._store.contents(task.id) if task.spec.inputs else {}
         document = _planned(replace(task, bodies=Bodies(contents=contents)), site.facts)
+        if site.facts.report_url:
+            document = document._replace(report=await self._report_to(task, attempt, site.facts.report_url))
         # A process that slept through its lease must not submit: another may have ended the task meanwhile.
         left = (task.due_at or 0.0) - 0.2 * policy.lease - self._clock()
         if left <= 0:
@@ -219,6 +230,15 @@ class Dispatcher:
                 await site.submit(document)
         except TimeoutError:
             raise SiteUnavailable(f"The site {attempt.site!r} did not answer the submit in time.") from None
+
+    async def _report_to(self, task: Task, attempt: Attempt, url: str) -> ReportTo:
+        """Where the job reports to. Only the hash of its token is kept, so a repeated submit brings a new one."""
+        token = self._tokens.pop(attempt.job_id, "")
+        if not token:
+            token = secrets.token_urlsafe(32)
+            hashed = token_hash(token)
+            await record(self._store, task, lambda task: lifecycle.with_token(task, attempt.number, hashed))
+        return ReportTo(f"{url}/{attempt.job_id}", token)
 
     async def _stop_earlier(self, task: Task, attempt: Attempt, policy: Policy) -> None:
         """Have earlier attempts killed that were given up but may still run. At the site of this attempt that must

@@ -1,12 +1,8 @@
-"""What an operator should read in the log: sites that stop answering and come back, and how tasks end."""
+"""What an operator should read in the log: sites that stop answering and come back."""
 
 from __future__ import annotations
 
 import logging
-
-from tesp_api.lifecycle import Change
-from tesp_api.task import Task
-from tesp_api.tes import TesState
 
 log = logging.getLogger("tesp_api.dispatch")
 
@@ -28,15 +24,3 @@ class SiteNews:
         if site in self._silent:
             self._silent.discard(site)
             log.info("The site %r answers again.", site)
-
-
-def told(task: Task, change: Change) -> None:
-    """One line for a task that has just ended, and one for an attempt that has failed and is followed by another."""
-    if change.state is None:
-        return
-    site = task.attempt.site if task.attempt else "no site"
-    reason = f": {change.system[0]}" if change.system else ""
-    if task.final:
-        log.info("Task %s is %s (%s)%s", task.id, task.state, site, reason)
-    elif change.state is TesState.QUEUED:
-        log.info("Task %s is tried again after attempt %d (%s)%s", task.id, len(task.attempts), site, reason)

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 from tesp_api import lifecycle
 from tesp_api.dispatch.news import SiteNews
-from tesp_api.dispatch.record import record
 from tesp_api.errors import SiteError, StoreUnavailable
 from tesp_api.lifecycle import Policy
+from tesp_api.record import record, record_tail
 from tesp_api.sites import Site
 from tesp_api.store import Ring, TaskStore
 from tesp_api.task import ACTIVE, Attempt, Observation, Phase, Task, task_of
@@ -59,6 +59,7 @@ class Poller:
         self._news = news or SiteNews()
         self._at_work: set[asyncio.Task[None]] = set()
         self._cleaning: set[str] = set()  # tasks of whose earlier attempts something is being removed
+        self._stopping: dict[str, asyncio.Task[None]] = {}  # cancels under way, by job id
         self._calm = dict(policies)
         self._counted: float | None = None
 
@@ -104,10 +105,11 @@ class Poller:
         while self._at_work:
             await asyncio.wait(self._at_work)
 
-    def _start(self, work: Awaitable[None], name: str) -> None:
+    def _start(self, work: Awaitable[None], name: str) -> asyncio.Task[None]:
         under_way: asyncio.Task[None] = asyncio.create_task(work, name=name)  # type: ignore[arg-type]
         self._at_work.add(under_way)
         under_way.add_done_callback(self._done)
+        return under_way
 
     def _done(self, under_way: asyncio.Task[None]) -> None:
         self._at_work.discard(under_way)
@@ -161,20 +163,31 @@ class Poller:
         await record(self._store, task, lambda task: _silent(task, self._clock(), reason, policy))
 
     async def _fulfil_cancel(self, site: Site, task: Task, policy: Policy) -> Task:
+        """Have the site asked to stop the job if it is time; the task as it is then.
+
+        What takes long stays under way beside the looks that follow. Begun anew by each of them, it would never arrive.
+        """
         force = lifecycle.must_stop(task, self._clock(), policy)
         if force is None or task.attempt is None:
             return task
+        job_id = task.attempt.job_id
+        if job_id not in self._stopping:
+            stop = self._start(self._stop(site, task, job_id, force, policy), f"stop {job_id}")
+            self._stopping[job_id] = stop
+            stop.add_done_callback(lambda _: self._stopping.pop(job_id, None))
+        done, _ = await asyncio.wait([self._stopping[job_id]], timeout=0.2 * policy.lease)
+        return (await self._store.get(task.id, TesView.BASIC) or task) if done else task
+
+    async def _stop(self, site: Site, task: Task, job_id: str, force: bool, policy: Policy) -> None:
         try:
-            async with asyncio.timeout(0.2 * policy.lease):
-                await site.cancel(task.attempt.job_id, force=force)
+            async with asyncio.timeout(policy.patience):
+                await site.cancel(job_id, force=force)
         except (SiteError, TimeoutError) as error:
-            log.info("cancel of %s: %s", task.attempt.job_id, str(error) or "no answer in time")
-            return task
+            log.info("cancel of %s: %s", job_id, str(error) or "no answer in time")
         except Exception:
-            log.exception("cancel of %s failed", task.attempt.job_id)
-            return task
-        asked = await record(self._store, task, lambda task: lifecycle.asked_to_stop(task, self._clock()))
-        return asked or task
+            log.exception("cancel of %s failed", job_id)
+        else:
+            await record(self._store, task, lambda task: lifecycle.asked_to_stop(task, self._clock()))
 
     async def _note_safely(self, task: Task, seen: Observation, policy: Policy) -> None:
         """A mistake of ours about one task must not stop the others; if it stays, patience ends the task."""
@@ -198,6 +211,7 @@ class Poller:
         ):
             await self._submit(task)  # the submit was lost, or we were killed before it
             return
+        await record_tail(self._store, task, seen)
         now = self._clock()
         await record(
             self._store,

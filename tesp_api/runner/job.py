@@ -9,6 +9,9 @@ A job directory (Pulsar's, or the local site's) looks like this, `JOB` being its
     JOB/working/result.json     a copy of it, which Pulsar brings back inside its final status
     JOB/tes/                    what the containers see: everything that a Mount's relative `at` names
 
+Where the plan names a place to report to, the same Progress and Result are also sent there as a Report, and an Answer
+comes back.
+
 All documents are JSON objects in ASCII (other characters escaped), because Pulsar breaks on anything else.
 Times are RFC 3339 in UTC with microseconds, such as `2026-01-31T12:00:00.000000Z`.
 """
@@ -108,10 +111,19 @@ class Runtime(NamedTuple):
     pull: str = "missing"
 
 
+class ReportTo(NamedTuple):
+    """Where the runner tells how the job is, and hears of a cancel: POST `url` with the bearer `token`."""
+
+    url: str
+    token: str
+
+
 class Plan(NamedTuple):
     """All that the runner needs to know of one attempt of a task.
 
     `directories`: container paths below mounts that must be directories before the first executor starts.
+    `report`: None where nobody is to be told over HTTP; the files in the job's directory are written in any case.
+    `time_limit`: seconds, and `queue`: a name, for a batch system in front of the runner, which enforces them.
     """
 
     job_id: str
@@ -126,7 +138,14 @@ class Plan(NamedTuple):
     file_roots: List[FileRoot] = []
     log_bytes: int = 131072
     directories: List[str] = []
+    report: Optional[ReportTo] = None
+    time_limit: Optional[int] = None
+    queue: Optional[str] = None
     version: int = VERSION
+
+
+TAIL_BYTES = 4096
+"""Longest tail of a stream in a progress, as UTF-8."""
 
 
 class Progress(NamedTuple):
@@ -134,6 +153,8 @@ class Progress(NamedTuple):
 
     `phase`: waiting (written by the service) | staging | running | uploading | done. `executor`: index of the current
     one. `started`: when the first executor started. `beat`: grows while the runner lives, at least every 5 s.
+    `stdout`, `stderr`: the end of what the current executor has written so far, at most TAIL_BYTES; `stdout_bytes` and
+    `stderr_bytes`: how much that was altogether, up to the end of the tail. Each byte that is no UTF-8 is a `?`.
     """
 
     job_id: str
@@ -141,13 +162,21 @@ class Progress(NamedTuple):
     executor: int = 0
     started: Optional[str] = None
     beat: int = 0
+    stdout: str = ""
+    stderr: str = ""
+    stdout_bytes: int = 0
+    stderr_bytes: int = 0
     version: int = VERSION
 
 
 class Answer(NamedTuple):
-    """What the service tells a running job: `cancel` asks it to stop its containers and write its result."""
+    """What the service tells a running job: `cancel` asks it to stop its containers and write its result.
+
+    `pause`: seconds for which the job should not ask again.
+    """
 
     cancel: bool = False
+    pause: float = 0.0
     version: int = VERSION
 
 
@@ -190,6 +219,25 @@ class Result(NamedTuple):
     version: int = VERSION
 
 
+class Report(NamedTuple):
+    """What a job sends by itself: its progress, in the end with the result unless that is too long.
+
+    With `hold` the answer may take up to so many seconds: it comes as soon as there is a wish to be told.
+    """
+
+    progress: Progress
+    result: Optional[Result] = None
+    hold: float = 0.0
+    version: int = VERSION
+
+
+HOLD = 20.0
+"""Longest `hold` in seconds."""
+
+REPORT_BYTES = 1024 * 1024
+"""Longest report."""
+
+
 def has_failed(plan: Plan, results: List[ExecutorResult]) -> bool:
     """Whether an executor has failed by itself, which ends the task whatever happens after."""
     pairs = zip(plan.executors, results)  # noqa: B905 - `strict` is too new
@@ -218,6 +266,11 @@ _NESTED: Dict[Any, Dict[str, Any]] = {
     Result: {"executors": ExecutorResult, "outputs": OutputFile},
 }
 
+_PARTS: Dict[Any, Dict[str, Any]] = {
+    Plan: {"runtime": Runtime, "report": ReportTo},
+    Report: {"progress": Progress, "result": Result},
+}
+
 
 def _record(kind: Any, document: Any) -> Any:
     """Build `kind` from a JSON object. Unknown keys are ignored; ValueError if it is not such an object."""
@@ -229,8 +282,9 @@ def _record(kind: Any, document: Any) -> Any:
     for name, row in _NESTED.get(kind, {}).items():
         if name in values:
             values[name] = _rows(row, values[name])
-    if kind is Plan and "runtime" in values:
-        values["runtime"] = _record(Runtime, values["runtime"])
+    for name, part in _PARTS.get(kind, {}).items():
+        if name in values:
+            values[name] = _record(part, values[name])
     try:
         return kind(**values)
     except TypeError as error:  # a required key is missing
@@ -255,3 +309,8 @@ def read_answer(document: Any) -> Answer:
 def read_result(document: Any) -> Result:
     """A Result from its JSON form; ValueError says what is wrong."""
     return cast(Result, _record(Result, document))
+
+
+def read_report(document: Any) -> Report:
+    """A Report from its JSON form; ValueError says what is wrong."""
+    return cast(Report, _record(Report, document))

@@ -88,6 +88,14 @@ class JobDirectory:
             pass
         return self._cancel
 
+    def note_cancel(self) -> None:
+        """The service has asked for a cancel in another way: let all see it who look for an answer here."""
+        self._cancel = True
+        try:
+            self._replace(self.root, "answer.json", _dump(job.Answer(cancel=True)), sync=False)
+        except OSError:
+            pass  # only the reaper would not know
+
     def keep_reserve(self) -> None:
         """Take the room that a result needs, so that there is some when a job has filled the disk."""
         try:

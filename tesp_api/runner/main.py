@@ -3,9 +3,10 @@
 import os
 import sys
 import threading
+import time
 from typing import Callable, Dict, List, Optional, Tuple
 
-from . import job
+from . import batch, job
 from .clock import now
 from .errors import CommandError, EngineError, EngineLost, Problem, Stopped
 from .jobdir import JobDirectory
@@ -47,8 +48,9 @@ class Attempt:
         self._directory = directory
         self._plan = plan
         self._reaper = reaper
-        self._watch = Watch(directory, plan.job_id)
+        self._watch = Watch(directory, plan.job_id, plan.report)
         self._start_time = now()
+        self._began = time.monotonic()
         self._logs: List[str] = []
         self._executors: List[job.ExecutorResult] = []
         self._outputs: List[job.OutputFile] = []
@@ -142,11 +144,14 @@ class Attempt:
         return self._plan
 
     def _stopped_state(self) -> str:
-        if self._watch.signal and not self._directory.cancel_asked():
-            self.note("The node told the runner to stop (signal %d): a time limit, or a shutdown." % self._watch.signal)
+        if not self._watch.signal or self._directory.cancel_asked():
+            return "CANCELED"
+        if batch.limit_reached(self._plan.time_limit, time.monotonic() - self._began):
+            self.note("The time limit of the job was reached.")  # another try would end the same way
+        else:
+            self.note("The node told the runner to stop (signal %d)." % self._watch.signal)
             self._infrastructure = True
-            return "SYSTEM_ERROR"
-        return "CANCELED"
+        return "SYSTEM_ERROR"
 
     def _abandon(self) -> None:
         """A transfer does not heed the wish to stop: end without it."""
@@ -177,10 +182,9 @@ class Attempt:
                 self._directory.write_result(result)
             except OSError as error:  # a full disk, most likely; the short form may still fit
                 self.note("The result could not be stored whole: %s" % error)
-                self._directory.write_result(
-                    result._replace(state="SYSTEM_ERROR", executors=[], outputs=[], system_logs=self._logs[-5:])
-                )
-            self._watch.close()
+                result = result._replace(state="SYSTEM_ERROR", executors=[], outputs=[], system_logs=self._logs[-5:])
+                self._directory.write_result(result)
+            self._watch.close(result)
 
 
 class Runs:
@@ -201,6 +205,7 @@ class Runs:
 
         def begin() -> None:
             self._attempt.begin(index)
+            self._attempt.watch.follow(stdout, stderr)
             started[0] = now()
 
         try:

@@ -38,11 +38,11 @@ class Refused(Exception):
 
 
 class Messenger:
-    """Carries out orders below `root`, the staging directory."""
+    """Carries out orders below `root`, the staging directory. `room`: see ROOM."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, room: int = ROOM) -> None:
         self._root = os.path.realpath(root)
-        self._room = ROOM
+        self._room = room
 
     def run(self, orders: Dict[str, Any]) -> Dict[str, Any]:
         """The answer to these orders. Each order is tried, whatever happens to the others."""
@@ -57,16 +57,18 @@ class Messenger:
     def read_all(self, orders: List[Any]) -> List[Any]:
         """The files, as far as there is room."""
         found: List[Any] = []
+        first = True
         for order in orders:
             data = self.read(*order)
             if data is None:
                 found.append(None)
                 continue
             text = base64.b64encode(zlib.compress(data, 6)).decode("ascii")
-            if len(text) > self._room and self._room < ROOM:
+            if len(text) > self._room and not first:
                 found.append(False)
                 continue
-            self._room -= min(len(text), self._room)
+            first = False
+            self._room -= len(text)
             found.append(text)
         return found
 

@@ -3,18 +3,26 @@
 import os
 import threading
 import time
-from typing import Callable, List, Optional
+from typing import Callable, List, Optional, Tuple
 
 from . import job
 from .clock import now
 from .errors import Stopped
 from .jobdir import JobDirectory
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .logs import Stream
+    from .report import Reporter
+
 LOOK = 0.1
 """Seconds between two looks for an answer."""
 
 BEAT = 3.0
 """Seconds between two heartbeats."""
+
+TAILS = 1.0
+"""Least seconds between two progresses that only show more output."""
 
 STUCK = 2.0
 """Seconds that a transfer has to notice the wish to stop."""
@@ -23,7 +31,7 @@ STUCK = 2.0
 class Watch:
     """Tells the service how far we are, and us that we shall stop. `check` is cheap: call it often."""
 
-    def __init__(self, directory: JobDirectory, job_id: str) -> None:
+    def __init__(self, directory: JobDirectory, job_id: str, report: Optional[job.ReportTo] = None) -> None:
         self.progress = job.Progress(job_id, phase="staging")
         self.stopped = threading.Event()
         self.signal = 0  # the signal that made us stop, if it was one
@@ -32,10 +40,18 @@ class Watch:
         self._hooks: List[Callable[[], None]] = []
         self._closed = threading.Event()
         self._stuck: Optional[Callable[[], None]] = None
+        self._streams: Optional["Tuple[Stream, Stream]"] = None
+        self._sizes = (0, 0)
+        self._report = report
+        self._reporter: Optional["Reporter"] = None
 
     def start(self, stuck: Callable[[], None]) -> None:
         """Write the first progress and begin to watch. `stuck` is called if staging does not heed the wish to stop."""
         self._stuck = stuck
+        if self._report is not None:
+            from .report import Reporter
+
+            self._reporter = Reporter(self._report, self._hear)
         self._write()
         if self._directory.cancel_asked():
             self.stopped.set()  # before anything is started at all
@@ -49,7 +65,15 @@ class Watch:
                 started = now()
             index = self.progress.executor if executor is None else executor
             self.progress = self.progress._replace(phase=phase, executor=index, started=started)
+            if phase == "running":  # what the executor before wrote is told by the result
+                self._streams = None
+                self.progress = self.progress._replace(stdout="", stderr="", stdout_bytes=0, stderr_bytes=0)
         self._write()
+
+    def follow(self, stdout: "Stream", stderr: "Stream") -> None:
+        """Show the tails of these streams from now on, as long as the job runs."""
+        self._sizes = (0, 0)
+        self._streams = stdout, stderr
 
     def check(self) -> None:
         """Raise Stopped if the job shall stop."""
@@ -70,14 +94,45 @@ class Watch:
         self.signal = self.signal or number
         self.stopped.set()
 
-    def close(self) -> None:
-        """Stop watching and say `done`."""
+    def close(self, result: job.Result) -> None:
+        """Stop watching and say `done`: `result` is written."""
         self._closed.set()
-        self.phase("done")
+        self._streams = None
+        with self._lock:
+            self.progress = self.progress._replace(phase="done", stdout="", stderr="", stdout_bytes=0, stderr_bytes=0)
+        reporter, self._reporter = self._reporter, None
+        self._write()
+        if reporter is not None:
+            reporter.finish(self.progress, result)
+
+    def _hear(self, answer: job.Answer) -> None:
+        """The service answered a report."""
+        if answer.cancel and not self.stopped.is_set():
+            self._directory.note_cancel()
+            self.stopped.set()
+
+    def _take_tails(self) -> bool:
+        """Put the ends of the streams into the progress; whether there is more in them."""
+        streams = self._streams
+        sizes = (streams[0].size, streams[1].size) if streams else self._sizes
+        if streams is None or sizes == self._sizes:
+            return False
+        self._sizes = sizes
+        stdout, stdout_bytes = streams[0].tail(job.TAIL_BYTES)
+        stderr, stderr_bytes = streams[1].tail(job.TAIL_BYTES)
+        with self._lock:
+            if self.progress.phase != "running" or streams is not self._streams:
+                return False
+            self.progress = self.progress._replace(
+                stdout=stdout, stderr=stderr, stdout_bytes=stdout_bytes, stderr_bytes=stderr_bytes
+            )
+        return True
 
     def _write(self) -> None:
         with self._lock:
             self.progress = self.progress._replace(beat=self.progress.beat + 1)
+            if self._reporter is not None:
+                self._reporter.show(self.progress)
             try:
                 self._directory.write_progress(self.progress)
             except OSError:
@@ -85,12 +140,16 @@ class Watch:
 
     def _loop(self) -> None:
         beat = time.monotonic()
+        tails = beat - TAILS
         while not self._closed.wait(LOOK):
             if not self.stopped.is_set() and self._directory.cancel_asked():
                 self.stopped.set()
             if self.stopped.is_set():
                 break
-            if time.monotonic() - beat >= BEAT:
+            more = time.monotonic() - tails >= TAILS and self._take_tails()
+            if more:
+                tails = time.monotonic()
+            if more or time.monotonic() - beat >= BEAT:
                 beat = time.monotonic()
                 self._write()
         self._end(beat)

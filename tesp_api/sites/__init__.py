@@ -19,16 +19,19 @@ from tesp_api.task import Observation
 class SiteFacts:
     """What the dispatcher must know of a site to choose it and to plan for it.
 
+    `batch`: it honours a time limit and a queue.
     `max_jobs` is how many of our jobs it may hold at once (Pulsar itself does not limit that); None is no limit.
     `patience` is how long, in seconds, a job or the whole site may be silent before it is given up; `poll_interval`
     is the longest pause, in seconds, between two looks at a job, `first_look` the shortest one; a site that tells by
-    itself how its jobs are need not be asked often.
+    itself how its jobs are need not be asked often. `report_url` is our address for reports of its jobs; empty if they
+    need not, or cannot, send any.
     """
 
     name: str
     max_jobs: int | None = None
     cpus: float | None = None
     ram_gb: float | None = None
+    batch: bool = False
     file_roots: tuple[FileRoot, ...] = ()
     runtime: Runtime = field(default_factory=Runtime)
     log_bytes: int = 131072
@@ -36,6 +39,7 @@ class SiteFacts:
     poll_interval: float = 5.0
     first_look: float = 0.1
     cancel_grace: float = 10.0
+    report_url: str = ""
 
 
 class Site(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tesp_api.runner import job
@@ -29,7 +30,7 @@ NOT_BEGUN: Final = frozenset(
 )
 """Exit codes which say that no executor was started; to be believed only of a job whose progress still waits."""
 
-_Document = TypeVar("_Document", job.Progress, job.Result)
+_Document = TypeVar("_Document", job.Progress, job.Result, job.Report)
 
 
 def dump(document: object) -> bytes:
@@ -40,17 +41,36 @@ def dump(document: object) -> bytes:
 def progress(data: bytes | None, job_id: str) -> job.Progress | None:
     """The progress of this job, or None if `data` is not that."""
     found = _read(data, job.Progress, PROGRESS_BYTES)
-    if found is None or found.job_id != job_id or found.phase not in PHASES or found.executor < 0 or found.beat < 0:
-        return None
-    return found
+    return found if found is not None and _is_progress(found, job_id) else None
 
 
 def result(data: bytes | None, job_id: str) -> job.Result | None:
     """The result of this job, or None if `data` is not that."""
     found = _read(data, job.Result, RESULT_BYTES)
-    if found is None or found.job_id != job_id or found.state not in STATES:
+    return found if found is not None and _is_result(found, job_id) else None
+
+
+def report(data: bytes | None, job_id: str) -> job.Report | None:
+    """What this job reports, or None if `data` is not that."""
+    found = _read(data, job.Report, job.REPORT_BYTES)
+    if found is None or not _is_progress(found.progress, job_id) or not 0 <= found.hold <= job.HOLD:
         return None
-    return found
+    return found if found.result is None or _is_result(found.result, job_id) else None
+
+
+def _is_progress(found: job.Progress, job_id: str) -> bool:
+    counts = (found.executor, found.beat, found.stdout_bytes, found.stderr_bytes)
+    tails = (found.stdout, found.stderr)
+    return (
+        found.job_id == job_id
+        and found.phase in PHASES
+        and all(0 <= each < 1 << 63 for each in counts)
+        and all(len(each) <= job.TAIL_BYTES for each in tails)
+    )
+
+
+def _is_result(found: job.Result, job_id: str) -> bool:
+    return found.job_id == job_id and found.state in STATES
 
 
 def begun(found: job.Progress | None) -> bool:
@@ -76,10 +96,17 @@ def words(text: str, limit: int = 300) -> str:
     return "".join(each if each.isprintable() else "?" for each in last)[:limit]
 
 
+_READERS: Final[Mapping[type, Callable[[Any], Any]]] = {
+    job.Progress: job.read_progress,
+    job.Result: job.read_result,
+    job.Report: job.read_report,
+}
+
+
 def _read(data: bytes | None, kind: type[_Document], limit: int) -> _Document | None:
     if data is None or len(data) > limit:
         return None
-    read = job.read_progress if kind is job.Progress else job.read_result
+    read = _READERS[kind]
     try:
         found: Any = read(json.loads(data))
     except (ValueError, TypeError, RecursionError):
@@ -98,6 +125,8 @@ def _conforms(value: object, hint: Any) -> bool:
         return isinstance(value, dict) and all(_conforms(each, arguments[1]) for each in value.values())
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
     if not isinstance(value, hint):
         return False
     if hasattr(hint, "_fields"):

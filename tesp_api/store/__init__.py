@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from tesp_api.lifecycle import Change
-from tesp_api.task import Task
+from tesp_api.task import Tail, Task
 from tesp_api.tes import TesState, TesView
 
 
@@ -175,6 +175,12 @@ class TaskStore(Protocol):
         """Write the change and return the new task without bodies; None if the task is at another version.
 
         With `before` only while the store's time is before it, else RightLost: what `hold` gave is over.
+        """
+
+    async def put_tail(self, task_id: str, tail: Tail) -> None:
+        """Keep what an active task has said so far in place of what was kept before. It changes no version.
+
+        It need not survive a crash, and is gone when the task leaves the active states.
         """
 
     async def take_due(self, *, queued: bool, now: float, lease: float, limit: int) -> list[Task]:

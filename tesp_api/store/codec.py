@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
-from tesp_api.task import Attempt, Bodies, Task
+from tesp_api.task import Attempt, Bodies, Tail, Task
 from tesp_api.tes import TesTaskLog
 
 _PLAIN = tuple(each.name for each in fields(Attempt) if each.name != "log")
@@ -41,6 +41,7 @@ def attempt_from_json(text: str | bytes) -> Attempt:
 
 def _attempt(document: Mapping[str, Any]) -> Attempt:
     plain = {name: document[name] for name in _PLAIN if name in document}
+    plain["tokens"] = tuple(plain.get("tokens", ()))
     return Attempt(**plain, log=TesTaskLog.model_validate(document["log"]))
 
 
@@ -72,6 +73,17 @@ def bodies_from_rows(rows: Iterable[tuple[str, int, int, str]]) -> Bodies:
         else:
             streams[number, index, kind] = text
     return Bodies(contents=contents, streams=streams, system=system)
+
+
+def tail_to_json(tail: Tail) -> str:
+    """A tail as JSON text."""
+    return json.dumps(asdict(tail), ensure_ascii=False, separators=(",", ":"))
+
+
+def tail_from_json(text: str) -> Tail:
+    """The tail of `tail_to_json`; keys of a newer version are ignored."""
+    document = json.loads(text)
+    return Tail(**{each.name: document[each.name] for each in fields(Tail) if each.name in document})
 
 
 def asked(task: Task) -> tuple[float, float]:

@@ -1,8 +1,9 @@
 """The shared store: MongoDB 5 or newer, for any number of service processes on any number of machines.
 
-Five collections. `task` has one small record for each task. `text` has what is long (input contents, streams, system
+Six collections. `task` has one small record for each task. `text` has what is long (input contents, streams, system
 lines, and documents or logs beyond INLINE), in pieces that are far below MongoDB's 16 MB. `right` has what `hold`
-gives. `box` and `letter` belong to the mailbox.
+gives. `tail` has what running tasks have said so far. `box` and `letter` belong to
+the mailbox.
 
 MongoDB changes one record at a time, and a plain server has no transactions. So a change that brings texts writes
 these first, as a *part* under a name of its own; the one conditional update of the record then adds that name to
@@ -52,6 +53,8 @@ from tesp_api.store.codec import (
     content_rows,
     ended_at,
     stream_rows,
+    tail_from_json,
+    tail_to_json,
 )
 from tesp_api.store.mailbox import (
     BOX_BYTES,
@@ -62,7 +65,7 @@ from tesp_api.store.mailbox import (
     Letter,
     last_of_read,
 )
-from tesp_api.task import ACTIVE, FINAL, Attempt, Bodies, Task
+from tesp_api.task import ACTIVE, FINAL, Attempt, Bodies, Tail, Task
 from tesp_api.tes import TesState, TesView
 
 log = logging.getLogger(__name__)
@@ -225,6 +228,12 @@ class MongoStore:
             self.bell.ring(ring_for(task))
         return task
 
+    async def put_tail(self, task_id: str, tail: Tail) -> None:
+        async def put() -> None:
+            await self._tails.replace_one({"_id": task_id}, {"text": tail_to_json(tail)}, upsert=True)
+
+        await self.call(put)
+
     async def take_due(self, *, queued: bool, now: float, lease: float, limit: int) -> list[Task]:
         return await self.call(lambda: self._take_due(queued, now, lease, limit)) if limit else []
 
@@ -347,6 +356,11 @@ class MongoStore:
         return self.collection("text")
 
     @property
+    def _tails(self) -> Any:
+        """No harm is done when one is lost."""
+        return self.collection("tail").with_options(write_concern=WriteConcern(1), read_concern=ReadConcern("local"))
+
+    @property
     def _rights(self) -> Any:
         return self.collection("right").with_options(read_concern=ReadConcern("local"))
 
@@ -460,7 +474,8 @@ class MongoStore:
         tasks = [_task(record, long) for record in records]
         if view is TesView.FULL:
             bodies = await self._bodies(records)
-            tasks = [replace(task, bodies=bodies[task.id]) for task in tasks]
+            tails = await self._said([task.id for task in tasks if task.state in ACTIVE])
+            tasks = [replace(task, bodies=replace(bodies[task.id], tail=tails.get(task.id))) for task in tasks]
         return tasks
 
     async def _long(self, records: Sequence[Record]) -> Mapping[tuple[str, str, int], str]:
@@ -496,6 +511,13 @@ class MongoStore:
         return {
             task_id: bodies_from_rows((kind, number, at, data.decode()) for (_, kind, number, at), data in each.items())
             for task_id, each in rows.items()
+        }
+
+    async def _said(self, task_ids: list[str]) -> dict[str, Tail]:
+        if not task_ids:
+            return {}
+        return {
+            each["_id"]: tail_from_json(each["text"]) async for each in self._tails.find({"_id": {"$in": task_ids}})
         }
 
     def _pieces(self, condition: Record) -> Any:
@@ -542,6 +564,9 @@ class MongoStore:
             await self._drop_texts(part)
             await self._explain(task_id, change, before)
             return None
+        if change.state is not None and change.state not in ACTIVE:
+            with suppress(PyMongoError):  # nobody sees it
+                await self._tails.delete_one({"_id": task_id})
         return (await self._load([record], TesView.BASIC))[0]
 
     async def _explain(self, task_id: str, change: Change, before: float | None) -> None:
@@ -625,6 +650,7 @@ class MongoStore:
         if ids:
             # The record last: if this is cut off, the next round finds the task again.
             await self._texts.delete_many({"task": {"$in": ids}})
+            await self._tails.delete_many({"_id": {"$in": ids}})
             await self._tasks.delete_many({"_id": {"$in": ids}})
         stale = {"unanswered": {"$exists": True}, "created": {"$lt": self.clock() - STALE}}
         await self._tasks.update_many(stale, {"$unset": {"unanswered": 1, "sender": 1}}, hint="unanswered")

@@ -32,6 +32,8 @@ from tesp_api.store.codec import (
     content_rows,
     ended_at,
     stream_rows,
+    tail_from_json,
+    tail_to_json,
 )
 from tesp_api.store.mailbox import (
     BOX_BYTES,
@@ -42,7 +44,7 @@ from tesp_api.store.mailbox import (
     Letter,
     last_of_read,
 )
-from tesp_api.task import ACTIVE, FINAL, Bodies, Task, put_attempt
+from tesp_api.task import ACTIVE, FINAL, Bodies, Tail, Task, put_attempt
 from tesp_api.tes import TesState, TesView
 
 T = TypeVar("T")
@@ -140,6 +142,13 @@ MIGRATIONS = (
     CREATE INDEX letter_box ON letter (box, id, size);
     CREATE INDEX letter_written ON letter (written);
     """,
+    # 4: what running tasks have said so far.
+    """
+    CREATE TABLE tail (
+        task_id TEXT PRIMARY KEY NOT NULL REFERENCES task (id) ON DELETE CASCADE,
+        text TEXT NOT NULL
+    );
+    """,
 )
 """SQL that leads from each schema version to the next; `PRAGMA user_version` says how many have been run."""
 
@@ -207,6 +216,9 @@ class SqliteStore:
         if task is not None and (change.state is not None or change.due_at is not KEEP):
             self.bell.ring(ring_for(task))
         return task
+
+    async def put_tail(self, task_id: str, tail: Tail) -> None:
+        await self._writer.call(lambda db: _put_tail(db, task_id, tail))
 
     async def take_due(self, *, queued: bool, now: float, lease: float, limit: int) -> list[Task]:
         return await self._writer.call(lambda db: _take_due(db, queued, now, lease, limit))
@@ -509,7 +521,13 @@ def _get(db: sqlite3.Connection, task_id: str, view: TesView, owner: str | None)
     task = _task(row)
     if owner is not None and task.owner != owner:
         return None
-    return replace(task, bodies=_bodies(db, [task_id])[task_id]) if view is TesView.FULL else task
+    return _with_bodies(db, [task])[0] if view is TesView.FULL else task
+
+
+def _with_bodies(db: sqlite3.Connection, tasks: list[Task]) -> list[Task]:
+    bodies = _bodies(db, [task.id for task in tasks])
+    tails = _tails(db, [task.id for task in tasks if task.state in ACTIVE])
+    return [replace(task, bodies=replace(bodies[task.id], tail=tails.get(task.id))) for task in tasks]
 
 
 def _task(row: tuple[Any, ...]) -> Task:
@@ -539,6 +557,21 @@ def _bodies(db: sqlite3.Connection, task_ids: list[str]) -> dict[str, Bodies]:
     return {task_id: bodies_from_rows(each) for task_id, each in rows.items()}
 
 
+def _tails(db: sqlite3.Connection, task_ids: list[str]) -> dict[str, Tail]:
+    if not task_ids:
+        return {}
+    query = "SELECT task_id, text FROM tail WHERE task_id IN (SELECT value FROM json_each(?))"
+    return {task_id: tail_from_json(text) for task_id, text in db.execute(query, (json.dumps(task_ids),))}
+
+
+def _put_tail(db: sqlite3.Connection, task_id: str, tail: Tail) -> None:
+    db.execute(
+        f"INSERT INTO tail SELECT id, ?2 FROM task WHERE id = ?1 AND state IN ({_ACTIVE})"
+        " ON CONFLICT (task_id) DO UPDATE SET text = ?2 WHERE text <> ?2",
+        (task_id, tail_to_json(tail)),
+    )
+
+
 def _page(db: sqlite3.Connection, query: Query, view: TesView) -> Page:
     columns = _MINIMAL if view is TesView.MINIMAL else _BASIC
     found, values = _find(db, query)
@@ -548,8 +581,7 @@ def _page(db: sqlite3.Connection, query: Query, view: TesView) -> Page:
     rows.sort(reverse=True)
     tasks = [_task(row) for row in rows[: query.limit]]
     if view is TesView.FULL:
-        bodies = _bodies(db, [task.id for task in tasks])
-        tasks = [replace(task, bodies=bodies[task.id]) for task in tasks]
+        tasks = _with_bodies(db, tasks)
     return Page(tuple(tasks), more=len(rows) > query.limit)
 
 
@@ -691,6 +723,8 @@ def _apply(db: sqlite3.Connection, task_id: str, change: Change, before: float |
             task_id,
         ),
     )
+    if task.state not in ACTIVE:
+        db.execute("DELETE FROM tail WHERE task_id = ?", (task_id,))
     _put_bodies(db, task_id, stream_rows(change.streams))
     _add_lines(db, task_id, change.system_of, change.system)
     return task

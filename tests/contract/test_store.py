@@ -25,7 +25,7 @@ from tesp_api.store import FEW, Load, Once, Query, Repeat, Ring, TaskStore
 from tesp_api.store import sqlite as sqlite_store
 from tesp_api.store.mongo import MongoStore
 from tesp_api.store.sqlite import SqliteStore
-from tesp_api.task import Task
+from tesp_api.task import Tail, Task
 from tesp_api.tes import TesState, TesView
 from tests import mongod
 from tests.builders import NOW, make_attempt, make_task
@@ -908,6 +908,39 @@ async def finish(store: TaskStore, task: Task, due_at: float | None = None) -> N
     """End a task; cleaned up unless it is due once more."""
     ended = change(task, state=TesState.COMPLETE, due_at=due_at, system=("over",), streams={(1, 0, "stdout"): "out"})
     assert await store.apply(task.id, ended) is not None
+
+
+@on
+async def test_a_tail_is_shown_as_long_as_its_task_is_active(store: TaskStore) -> None:
+    async def tail(task: Task) -> Tail | None:
+        found, (listed,) = await store.get(task.id, TesView.FULL), (await store.page(Query(), TesView.FULL)).tasks
+        assert found is not None
+        assert found.bodies is not None
+        assert listed.bodies is not None
+        assert listed.bodies.tail == found.bodies.tail
+        return found.bodies.tail
+
+    (task,) = await added(store, make_task())
+    one = Tail(attempt=1, executor=0, stdout="a\u00e4\U0001f600\n", stdout_bytes=8)
+    await store.put_tail(task.id, one)
+    assert await tail(task) is None, "a task that waits says nothing"
+    await store.apply(task.id, change(task, state=TesState.INITIALIZING, attempt=make_attempt(task.id)))
+    await store.put_tail(task.id, one)
+    assert await tail(task) == one
+    two = replace(one, executor=1, stderr="b", stderr_bytes=1)
+    for _ in range(2):
+        await store.put_tail(task.id, two)
+        assert await tail(task) == two
+    current = await store.get(task.id, TesView.BASIC)
+    assert current is not None
+    assert (current.version, current.bodies) == (2, None)
+    await finish(store, current)
+    assert await tail(task) is None
+    await store.put_tail(task.id, one)
+    assert await tail(task) is None
+    assert await store.purge(store.clock() + 60, 10) == 1
+    await store.put_tail(task.id, one)
+    assert await store.get(task.id, TesView.FULL) is None
 
 
 @on

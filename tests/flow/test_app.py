@@ -99,6 +99,41 @@ def test_many_tasks_and_the_limit_of_the_site(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
+def test_what_a_running_task_says_is_seen_as_it_grows(tmp_path: Path) -> None:
+    """Without reports: who looks at the task has its job looked at, which would else wait for ten minutes."""
+
+    async def see(client: httpx.AsyncClient, task_id: str, text: str) -> None:
+        async with asyncio.timeout(60):
+            while True:
+                task = await get(client, task_id)
+                assert task["state"] not in FINAL, task
+                if text == task.get("logs", [{"metadata": {}}])[0]["metadata"].get("stdout_tail"):
+                    return
+                await asyncio.sleep(0.05)
+
+    async def go() -> None:
+        chosen = settings(tmp_path)
+        status = chosen.sites[0].status.model_copy(update={"poll_interval": 600.0})
+        site = chosen.sites[0].model_copy(update={"status": status})
+        async with running(chosen.model_copy(update={"sites": (site,)})) as client:
+            wait = f"while [ ! -e {tmp_path}/%s ]; do sleep 0.05; done"
+            script = f"echo one; {wait % 'a'}; echo two; {wait % 'b'}"
+            task_id = await create(client, executors=[sh("echo before"), sh(script)])
+            await see(client, task_id, "one\n")
+            task = await get(client, task_id)
+            assert task["logs"][0]["metadata"]["executor"] == "1"
+            (tmp_path / "a").touch()
+            await see(client, task_id, "one\ntwo\n")
+            for view in ("MINIMAL", "BASIC"):
+                assert "_tail" not in str(await get(client, task_id, view))
+            (tmp_path / "b").touch()
+            task = await until(client, task_id, FINAL.__contains__)
+            assert task["state"] == "COMPLETE"
+            assert "_tail" not in str(task)
+
+    asyncio.run(go())
+
+
 @pytest.mark.parametrize("moment", ["at once", "INITIALIZING", "RUNNING"])
 def test_cancel(tmp_path: Path, moment: str) -> None:
     async def go() -> None:

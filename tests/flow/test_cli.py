@@ -146,3 +146,61 @@ def test_a_task_from_a_file_or_from_standard_input(server: list[dict[str, Any]],
     assert CliRunner().invoke(app, ["run", str(file)]).stdout == "new\n"
     assert CliRunner().invoke(app, ["run", "-"], input="[]").stdout == "new\n"
     assert server == [{"body": b"{}"}, {"body": b"[]"}]
+
+
+# logs --follow, against a server that shows a task as it goes on
+
+
+def shown(state: str, logs: list[dict[str, Any]], **metadata: str) -> dict[str, Any]:
+    return {"id": "t", "state": state, "logs": [{"logs": logs, "outputs": [], "metadata": metadata}]}
+
+
+def growing(stdout: str, size: int, executor: int = 0) -> dict[str, Any]:
+    told = {"stdout_tail": stdout, "stdout_bytes": str(size), "stderr_tail": "", "stderr_bytes": "0"}
+    return shown("RUNNING", [], executor=str(executor), **told)
+
+
+@pytest.mark.parametrize(
+    ("answers", "stdout", "code"),
+    [
+        (
+            [
+                {"id": "t", "state": "QUEUED"},
+                growing("one\n", 4),
+                growing("one\n", 4),
+                growing("e\ntw\u00f6\n", 9),
+                shown("COMPLETE", [{"exit_code": 0, "stdout": "one\ntw\u00f6\nthree\n"}]),
+            ],
+            "one\ntw\u00f6\nthree\n",
+            0,
+        ),
+        (
+            [growing("a\n", 2), growing("b\n", 2, 1), shown("CANCELED", [{"exit_code": 0, "stdout": "a\n"}])],
+            "a\nb\n",
+            1,
+        ),
+        ([growing("abc", 3), growing("xyz", 103)], "abc\n[... 97 bytes left out ...]\nxyz", 0),
+        (
+            [
+                growing("0123", 4),
+                shown("EXECUTOR_ERROR", [{"exit_code": 1, "stdout": "012345\n[... 10 bytes left out ...]\nGHIJ"}]),
+            ],
+            "012345\n[... 10 bytes left out ...]\nGHIJ",
+            1,
+        ),
+        (
+            [
+                growing("EFGHI", 19),
+                shown("SYSTEM_ERROR", [{"exit_code": 1, "stdout": "01\n[... 14 bytes left out ...]\nGHIJ"}]),
+            ],
+            "\n[... 14 bytes left out ...]\nEFGHIJ",
+            1,
+        ),
+    ],
+)
+def test_follow(monkeypatch: pytest.MonkeyPatch, answers: list[dict[str, Any]], stdout: str, code: int) -> None:
+    left = [*answers, shown("COMPLETE", [])]
+    monkeypatch.setattr(client, "LOOK", 0)
+    monkeypatch.setattr(client.httpx, "request", lambda *_, **__: httpx.Response(200, json=left.pop(0)))
+    done = CliRunner().invoke(app, ["logs", "--follow", "t"])
+    assert (done.stdout, done.exit_code) == (stdout, code)

@@ -15,11 +15,11 @@ from tesp_api.dispatch.dispatcher import Dispatcher
 from tesp_api.dispatch.poller import Poller
 from tesp_api.errors import SiteRefused, SiteUnavailable, StoreUnavailable
 from tesp_api.lifecycle import Policy
-from tesp_api.runner.job import FileRoot
+from tesp_api.runner.job import FileRoot, Plan
 from tesp_api.sites import SiteFacts
 from tesp_api.store import Bell, Query, Ring
 from tesp_api.store.sqlite import SqliteStore
-from tesp_api.task import Observation, Phase, Task
+from tesp_api.task import Attempt, Observation, Phase, Task, token_hash
 from tesp_api.tes import TesState as S
 from tesp_api.tes import TesView
 from tests.builders import NOW, make_task
@@ -89,6 +89,11 @@ class World:
             if (found := await self.get(task)).final:
                 return found
         raise AssertionError(f"{await self.state(task)} for ever")
+
+
+def last_attempt(task: Task) -> Attempt:
+    assert task.attempt is not None
+    return task.attempt
 
 
 def on(
@@ -473,6 +478,80 @@ async def test_a_cancel_that_hangs_holds_up_nobody(world: World) -> None:
             await asyncio.sleep(0)
     hanging.set()
     await world.poller.drain()
+
+
+@on()
+async def test_a_cancel_that_takes_long_is_asked_once_and_arrives(world: World) -> None:
+    """Slower than the looks: begun anew by each of them, it would never come to its end."""
+    arrive = asyncio.Event()
+
+    class Slow(SiteDouble):
+        async def cancel(self, job_id: str, *, force: bool = False) -> None:
+            self.calls.append(("begun", job_id))
+            await arrive.wait()
+            await super().cancel(job_id, force=force)
+
+    (task,) = await world.add()
+    await world.step()
+    site = Slow(world.site.facts)
+    site.jobs = world.site.jobs
+    world.sites["a"] = site
+    world.restart(lease=0.05)
+    site.job().run()
+    await world.cancel(task)
+    job_id = f"{task.id}-1"
+    for _ in range(3):
+        world.now += 5
+        await world.poller.tick()
+        looks = site.calls.count(("observe", job_id))
+        async with asyncio.timeout(60):
+            while site.calls.count(("observe", job_id)) == looks:
+                await asyncio.sleep(0.001)
+    assert site.calls.count(("begun", job_id)) == 1
+    assert last_attempt(await world.get(task)).cancels == 0
+    arrive.set()
+    await world.poller.drain()
+    assert last_attempt(await world.get(task)).cancels == 1
+    site.job().end("CANCELED")
+    assert (await world.until_final(task)).state is S.CANCELED
+
+
+# Tokens
+
+
+@on(SiteFacts(name="a", report_url="http://tes/jobs"))
+async def test_each_submit_has_a_token_of_which_only_the_hash_is_kept(world: World) -> None:
+    (task,) = await world.add()
+    seen: list[Plan] = []
+
+    class Forgetful(SiteDouble):
+        async def submit(self, plan: Plan) -> None:
+            seen.append(plan)
+            if len(seen) < 3:
+                raise SiteUnavailable("no answer")
+            await super().submit(plan)
+
+    world.sites["a"] = site = Forgetful(world.site.facts)
+    world.restart()
+    for _ in range(20):
+        await world.step(5)
+        if site.jobs:
+            break
+    reports = [each.report for each in seen]
+    assert len(reports) == 3
+    assert {each.url for each in reports if each} == {f"http://tes/jobs/{task.id}-1"}
+    tokens = [each.token for each in reports if each]
+    assert len(set(tokens)) == 3
+    assert min(map(len, tokens)) >= 43
+    assert last_attempt(await world.get(task)).tokens == tuple(map(token_hash, tokens))
+
+
+@on()
+async def test_without_an_address_nobody_is_to_report(world: World) -> None:
+    (task,) = await world.add()
+    await world.step()
+    assert world.site.job().plan.report is None
+    assert last_attempt(await world.get(task)).tokens == ()
 
 
 # Trouble

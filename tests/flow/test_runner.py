@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import http.server
 import json
 import os
 import shutil
 import signal
+import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ from tesp_api.sites.local import LocalSite
 from tesp_api.task import Phase
 from tests import pythons
 from tests.contract.test_transfer import Store
+from tests.mongod import Certificates, make_certificates
 from tests.runner_jobs import BUNDLE, Job, executor, mounts, sh, until
 
 HOST = job.Runtime("host")
@@ -629,3 +635,121 @@ def reapers(made: Job) -> list[int]:
         except OSError:
             pass
     return found
+
+
+# Progress
+
+
+@pytest.mark.parametrize("python", NEW.values(), ids=NEW)
+def test_progress_shows_the_end_of_what_was_written(make: Make, tmp_path: Path, python: str) -> None:
+    go = tmp_path / "go"
+    wait = f"while [ ! -e {go} ]; do sleep 0.05; done"
+    script = f"head -c 10000 /dev/zero | tr '\\0' x; printf '\\n\\303\\244\\377\\303'; echo oops >&2; {wait}"
+    made = make(sh("echo before"), sh(script), python=python).start()
+
+    def there() -> job.Progress | None:
+        found = made.progress()
+        return found if found and found.stdout_bytes == 10004 and found.stderr else None
+
+    found = until(there)
+    assert found.executor == 1
+    assert found.stdout == "x" * 4091 + "\n\u00e4?"
+    assert (found.stderr, found.stderr_bytes) == ("oops\n", 5)
+    go.touch()
+    assert made.wait() == 0
+    last = made.progress()
+    assert last is not None
+    assert (last.phase, last.stdout, last.stdout_bytes) == ("done", "", 0)
+
+
+class Desk(http.server.BaseHTTPRequestHandler):
+    """Takes reports, and answers that the job is to stop as soon as its first executor has started."""
+
+    protocol_version = "HTTP/1.1"
+    reports: list[dict[str, Any]]
+    headers_seen: list[str]
+
+    def do_POST(self) -> None:
+        report = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.reports.append(report)
+        self.headers_seen.append(self.headers["Authorization"])
+        stop = report["progress"]["phase"] == "running"
+        body = json.dumps({"cancel": stop, "version": 1, "of_a_newer_release": 1}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def desk(certificates: Certificates | None = None) -> Iterator[tuple[type[Desk], job.ReportTo]]:
+    """A desk of its own, over TLS if there are certificates, and where to report to."""
+
+    class Mine(Desk):
+        reports: list[dict[str, Any]] = []
+        headers_seen: list[str] = []
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mine) as server:
+        if certificates is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificates.server)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        scheme = "https" if certificates else "http"
+        yield Mine, job.ReportTo(f"{scheme}://127.0.0.1:{server.server_port}/reports/of", "token")
+        server.shutdown()
+
+
+@pytest.mark.parametrize("python", NEW.values(), ids=NEW)
+def test_reports_tell_the_phases_and_the_result_and_bring_the_cancel(make: Make, python: str) -> None:
+    with desk() as (mine, to):
+        made = make(sh("sleep 1000"), report=to, python=python)
+        result = made.run()
+    assert result.state == "CANCELED"
+    phases = [each["progress"]["phase"] for each in mine.reports]
+    assert phases[-1] == "done"
+    assert "running" in phases
+    assert mine.reports[-1]["result"] == job.to_document(result)
+    assert set(mine.headers_seen) == {"Bearer token"}
+    assert json.loads((made.root / "answer.json").read_text("ascii"))["cancel"] is True, "the reaper would see it too"
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_reports_go_only_to_a_server_with_a_certificate_that_the_node_trusts(
+    make: Make, tmp_path: Path, trusted: bool
+) -> None:
+    certificates = make_certificates(tmp_path / "tls")
+    with desk(certificates) as (mine, to):
+        made = make(sh("true"), report=to)
+        assert made.run(env={"SSL_CERT_FILE": str(certificates.authority)} if trusted else {}).state == "COMPLETE"
+    assert bool(mine.headers_seen) is trusted
+    if trusted:
+        assert mine.reports[-1]["result"]["state"] == "COMPLETE"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"HTTP/1.1 500 no\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{]", b"\0" * 99],
+    ids=["nothing", "500", "no JSON", "no HTTP"],
+)
+def test_nonsense_for_an_answer_does_not_disturb_a_job(make: Make, answer: bytes) -> None:
+    def talk(listener: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection, suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=talk, args=(listener,), daemon=True).start()
+        to = job.ReportTo(f"http://127.0.0.1:{listener.getsockname()[1]}/x", "token")
+        result = make(sh("sleep 0.7; echo good"), report=to).run()
+        listener.shutdown(socket.SHUT_RDWR)
+    assert result.state == "COMPLETE"
+    assert result.executors[0].stdout == "good\n"

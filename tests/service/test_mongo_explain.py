@@ -16,7 +16,7 @@ from pymongo.monitoring import CommandFailedEvent, CommandListener, CommandStart
 from tesp_api.lifecycle import Change
 from tesp_api.store import FEW, Once, Query, TaskStore
 from tesp_api.store.mongo import INDEXES, MongoStore, record_of
-from tesp_api.task import Task
+from tesp_api.task import Tail, Task
 from tesp_api.tes import TesState, TesView
 from tests import mongod
 from tests.builders import NOW, make_attempt, make_bodies, make_task
@@ -100,6 +100,7 @@ async def use_all(store: TaskStore, known: str) -> set[str]:
     await store.add(make_task(), with_key)
     assert await store.add(make_task(), with_key) is not None
     await store.answered("me", {task.id: "b"})
+    await store.put_tail(known, Tail(attempt=1, executor=0))
     for view in TesView:
         await store.get(known, view, owner="o")
         for query in [*QUERIES.values(), *MORE_QUERIES.values()]:
@@ -129,6 +130,7 @@ async def use_all(store: TaskStore, known: str) -> set[str]:
         "loads",
         "hold",
         "apply",
+        "put_tail",
         "contents",
         "purge",
         "ping",

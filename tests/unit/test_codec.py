@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tesp_api.store import codec
-from tesp_api.task import Attempt, Bodies
+from tesp_api.task import Attempt, Bodies, Tail
 from tesp_api.tes import TesExecutorLog, TesOutputFileLog, TesTaskLog
 from tests.builders import make_attempt, make_task
 
@@ -54,6 +54,8 @@ ATTEMPTS = st.builds(
     ended=MAYBE,
     abandoned=st.booleans(),
     forgotten=st.booleans(),
+    tokens=st.lists(TEXT, max_size=4).map(tuple),
+    reported=MAYBE,
     log=LOGS,
 )
 
@@ -67,14 +69,14 @@ def test_the_strategy_covers_every_field() -> None:
     """A new field must be in the round trip above."""
     assert {each.name for each in fields(Attempt)} == {
         *("number", "job_id", "site", "assigned", "submitted", "heard", "beat", "looks", "cancel_sent", "cancels"),
-        *("ended", "abandoned", "forgotten", "log"),
+        *("ended", "abandoned", "forgotten", "tokens", "reported", "log"),
     }
 
 
 def test_records_of_other_releases_are_read() -> None:
     """Keys that are not known are left out, keys that are missing have their default."""
     (document,) = json.loads(codec.attempts_to_json((make_attempt("t"),)))
-    for name in ("cancels", "beat", "abandoned", "forgotten"):
+    for name in ("cancels", "beat", "abandoned", "forgotten", "tokens", "reported"):
         del document[name]
     document["of_a_newer_release"] = {"x": 1}
     document["log"]["new"] = 1
@@ -99,6 +101,11 @@ def test_bodies(bodies: Bodies) -> None:
     ]
     assert len({row[:3] for row in rows}) == len(rows)
     assert codec.bodies_from_rows(sorted(rows)) == bodies
+
+
+@given(st.builds(Tail, attempt=WHOLE, executor=WHOLE, stdout=TEXT, stderr=TEXT, stdout_bytes=WHOLE, stderr_bytes=WHOLE))
+def test_tails(tail: Tail) -> None:
+    assert codec.tail_from_json(codec.tail_to_json(tail)) == tail
 
 
 def test_nothing_to_keep() -> None:

@@ -544,6 +544,68 @@ def test_looks_are_quick_at_first_and_slow_later() -> None:
     assert pauses == pytest.approx([0.5 * POLICY.first_look, 0.1, 1.0, 5.0], abs=1e-3)
 
 
+# Reports
+
+
+def report(task: Task, beat: int, phase: str = "running", started: str | None = "t") -> Observation:
+    progress = job.Progress(last(task).job_id, phase, beat=beat, started=started)
+    return Observation(job_id=last(task).job_id, phase=Phase.RUNNING, progress=progress, reported=True)
+
+
+def test_a_report_is_noted_when_it_brings_news_or_none_was_for_a_while() -> None:
+    task = task_in(S.INITIALIZING, submitted=None)
+    task = applied(task, lifecycle.reported(task, report(task, 1, "staging", None), NOW + 1, POLICY))
+    assert (task.state, last(task).submitted, last(task).reported) == (S.INITIALIZING, NOW + 1, NOW + 1)
+    assert lifecycle.reported(task, report(task, 2, "staging", None), NOW + 2, POLICY) is None
+    task = applied(task, lifecycle.reported(task, report(task, 3), NOW + 3, POLICY))
+    assert (task.state, last(task).heard, last(task).beat) == (S.RUNNING, NOW + 3, 3)
+    assert lifecycle.reported(task, report(task, 4), NOW + 4, POLICY) is None
+    task = applied(task, lifecycle.reported(task, report(task, 9), NOW + 30, POLICY))
+    assert last(task).heard == NOW + 30
+    ended = replace(result(task), reported=True)
+    assert applied(task, lifecycle.reported(task, ended, NOW + 31, POLICY)).state is S.COMPLETE
+
+
+def test_a_report_of_the_end_without_the_result_has_it_fetched_at_once() -> None:
+    task = task_in(S.RUNNING, reported=NOW)
+    assert applied(task, lifecycle.reported(task, report(task, 5, "done"), NOW + 1, POLICY)).due_at == NOW + 1
+
+
+@pytest.mark.parametrize("state", [*sorted(FINAL), S.QUEUED])
+def test_a_report_that_comes_too_late(state: S) -> None:
+    task = task_in(state, ended=NOW)
+    assert lifecycle.reported(task, report(task, 5), NOW, POLICY) is None
+
+
+def test_a_job_that_reports_is_looked_at_rarely_until_it_does_so_no_more() -> None:
+    attempt = make_attempt("t", submitted=NOW, reported=NOW)
+    assert lifecycle.next_look(attempt, NOW + 1, POLICY) == NOW + 1 + 6 * POLICY.poll_interval
+    short = replace(POLICY, patience=60)
+    assert lifecycle.next_look(attempt, NOW + 1, short) == NOW + 1 + 20
+    assert lifecycle.next_look(attempt, NOW + 61, POLICY) == NOW + 61 + POLICY.poll_interval
+    canceled = replace(attempt, cancel_sent=NOW)
+    assert lifecycle.next_look(canceled, NOW + 1, POLICY, canceling=True) < NOW + 2
+
+
+def test_who_looks_at_a_running_task_has_its_job_looked_at() -> None:
+    task = replace(task_in(S.RUNNING), due_at=NOW + 5)
+    assert applied(task, lifecycle.look_now(task, NOW)).due_at == NOW
+    assert lifecycle.look_now(replace(task, due_at=NOW + 0.5), NOW) is None, "it will be, soon"
+    assert lifecycle.look_now(replace(task_in(S.RUNNING, reported=NOW), due_at=NOW + 5), NOW) is None
+    for state in set(S) - {S.RUNNING}:
+        assert lifecycle.look_now(replace(task_in(state), due_at=NOW + 5), NOW) is None
+
+
+def test_any_of_the_latest_submits_may_be_the_one_that_reports() -> None:
+    task = make_task()
+    task = applied(task, lifecycle.assign(task, "a", NOW, POLICY, token="h0"))
+    for number in range(1, 6):
+        task = applied(task, lifecycle.with_token(task, 1, f"h{number}"))
+    assert last(task).tokens == ("h2", "h3", "h4", "h5")
+    assert lifecycle.with_token(task, 2, "x") is None
+    assert lifecycle.with_token(task_in(S.CANCELED), 1, "x") is None
+
+
 # Cancel
 
 
@@ -697,6 +759,14 @@ class AnyLife(RuleBasedStateMachine):
             self.take(lifecycle.asked_to_stop(self.task, self.now))
         self.take(lifecycle.never_stopped(self.task, self.now, POLICY))
 
+    @rule()
+    def somebody_looks(self) -> None:
+        self.take(lifecycle.look_now(self.task, self.now))
+
+    @rule(number=st.integers(1, 3))
+    def submit_again(self, number: int) -> None:
+        self.take(lifecycle.with_token(self.task, number, "hash"))
+
     @precondition(lambda self: self.task.state in ACTIVE)
     @rule()
     def silence(self) -> None:
@@ -711,6 +781,7 @@ class AnyLife(RuleBasedStateMachine):
         code=st.sampled_from([None, 0, 1, 2, 76, 77, 78, 79, 127, 137]),
         state=st.sampled_from([None, None, None, "COMPLETE", "EXECUTOR_ERROR", "SYSTEM_ERROR", "CANCELED", "?"]),
         blamed=st.booleans(),
+        reported=st.booleans(),
     )
     def observe(
         self,
@@ -721,6 +792,7 @@ class AnyLife(RuleBasedStateMachine):
         code: int | None,
         state: str | None,
         blamed: bool,
+        reported: bool,
     ) -> None:
         its = job_id(self.task.id, number)
         before = self.task
@@ -730,8 +802,10 @@ class AnyLife(RuleBasedStateMachine):
             progress=None if beat is None else job.Progress(its, "running", beat=beat, started=started),
             result=None if state is None else job.Result(its, state, "a", "b", infrastructure=blamed),
             exit_code=code,
+            reported=reported,
         )
-        self.take(lifecycle.observed(self.task, observation, self.now, POLICY))
+        decide = lifecycle.reported if reported else lifecycle.observed
+        self.take(decide(self.task, observation, self.now, POLICY))
         if self.task.state is S.COMPLETE and before.state is not S.COMPLETE:
             assert state == "COMPLETE"
         if self.task.state is S.EXECUTOR_ERROR and before.state is not S.EXECUTOR_ERROR:

@@ -39,6 +39,19 @@ def test_the_query_and_the_message_say_the_same() -> None:
     assert "setup_params" not in messages.submit_query(launch, set_up=False)
 
 
+def test_what_a_batch_system_must_know_travels_with_the_launch() -> None:
+    plan = PLAN._replace(cpus=1.5, ram_bytes=(512 << 20) + 1, time_limit=90, queue="long")
+    wanted = {"cpus": 2, "mem_mb": 513, "time_limit": 90, "queue": "long"}
+    launch = messages.launch(plan, "cmd", batched=True)
+    query, message = messages.submit_query(launch, set_up=True), messages.setup_message(launch)
+    assert json.loads(query["params"]) == message["submit_params"] == wanted
+    assert json.loads(query["env"]) == message["env"] == [{"execute": "trap : TERM"}]
+    assert messages.launch(PLAN, "cmd", batched=True).submit_params == {}
+    elsewhere = messages.launch(plan, "cmd")
+    assert {"params", "env"}.isdisjoint(messages.submit_query(elsewhere, set_up=True))
+    assert (elsewhere.submit_params, elsewhere.env) == ({}, ())
+
+
 @pytest.mark.parametrize("job_id", ["", "..", "a/b", "a b", "a\n", "é", "x" * 201])
 def test_ids_that_are_paths_or_worse_are_refused(job_id: str) -> None:
     with pytest.raises(SiteRefused, match="job id"):

@@ -70,8 +70,8 @@ class Memory:
     ) -> None: ...
 
 
-def site(carrier: Memory) -> PulsarSite:
-    return PulsarSite(SiteFacts(name="x"), carrier, standin.bundle())
+def site(carrier: Memory, *, batch: bool = False) -> PulsarSite:
+    return PulsarSite(SiteFacts(name="x", batch=batch), carrier, standin.bundle())
 
 
 def look(carrier: Memory) -> Observation:
@@ -87,6 +87,7 @@ RESULT_TEXT = documents.dump(RESULT).decode()
     [
         (Status("preprocessing"), {}, Phase.WAITING, False, None),
         (Status("queued"), {"progress": WAITING}, Phase.WAITING, False, None),
+        (Status("queued"), {"progress": BEGUN}, Phase.RUNNING, False, None),
         (Status("running"), {"progress": WAITING}, Phase.RUNNING, False, None),
         (Status("running"), {"progress": BEGUN}, Phase.RUNNING, False, None),
         (Status("running"), {"progress": DONE, "result": RESULT}, Phase.ENDED, True, None),
@@ -94,7 +95,7 @@ RESULT_TEXT = documents.dump(RESULT).decode()
         (Status("postprocessing"), {"progress": DONE, "result": RESULT}, Phase.ENDED, True, None),
         (Status("complete", 0, HERE, RESULT_TEXT), {}, Phase.ENDED, True, 0),
         (Status("complete", 0, HERE), {"result": RESULT}, Phase.ENDED, True, 0),
-        (Status("complete", None, HERE), {"progress": BEGUN}, Phase.ENDED, False, None),
+        (Status("complete", None, HERE), {"progress": BEGUN}, Phase.RUNNING, False, None),
         (Status("complete", 2, HERE), {"progress": WAITING}, Phase.ENDED, False, 2),
         (Status("complete", 2, HERE), {"progress": BEGUN}, Phase.ENDED, False, None),
         (Status("complete", 79, HERE), {"progress": BEGUN}, Phase.RUNNING, False, 79),
@@ -125,6 +126,53 @@ def test_a_set_up_without_an_end_is_no_sign_of_life() -> None:
     assert asyncio.run(found.observe([ID]))[0].phase is Phase.WAITING
     found._pulses[ID].since -= STILL + 1
     assert asyncio.run(found.observe([ID]))[0].phase is Phase.RUNNING
+
+
+def test_a_job_that_was_launched_all_the_same_is_seen() -> None:
+    found = site(Memory(Status("preprocessing"), progress=DONE, result=RESULT))
+    asyncio.run(found.observe([ID]))
+    found._pulses[ID].since -= STILL + 1
+    assert asyncio.run(found.observe([ID]))[0].result is not None
+
+
+@pytest.mark.parametrize("progress", [WAITING, BEGUN])
+def test_an_end_without_a_code_is_believed_of_a_job_without_a_pulse(progress: job.Progress) -> None:
+    """Pulsar takes a batch system that does not answer for the end of all its jobs."""
+    carrier = Memory(Status("complete", None, HERE), progress=progress)
+    found = site(carrier)
+    assert asyncio.run(found.observe([ID]))[0].phase is Phase.RUNNING
+    carrier.files["progress.json"] = documents.dump(BEGUN._replace(beat=5))
+    assert asyncio.run(found.observe([ID]))[0].phase is Phase.RUNNING
+    asyncio.run(found.cancel(ID))
+    assert "put answer.json" in carrier.calls
+    found._pulses[ID].since -= STILL + 1
+    assert asyncio.run(found.observe([ID]))[0].phase is Phase.ENDED
+
+
+def test_behind_a_batch_system_cancelled_is_an_order_and_not_yet_a_deed() -> None:
+    carrier = Memory(Status("cancelled", None, HERE), progress=BEGUN)
+    found = site(carrier, batch=True)
+    assert asyncio.run(found.observe([ID]))[0].phase is Phase.RUNNING
+    found._pulses[ID].since -= STILL + 1
+    assert asyncio.run(found.observe([ID]))[0].phase is Phase.ENDED
+    carrier.files["progress.json"] = documents.dump(WAITING)
+    assert asyncio.run(found.observe([ID]))[0].phase is Phase.ENDED
+
+
+@pytest.mark.parametrize(("batch", "kills"), [(True, 1), (False, 0)])
+def test_a_job_in_a_batch_queue_is_killed_at_the_first_cancel(batch: bool, kills: int) -> None:
+    """Nobody there could read an answer, and the queue may be long."""
+    carrier = Memory(Status("queued"), progress=WAITING)
+    asyncio.run(site(carrier, batch=batch).cancel(ID))
+    assert carrier.calls.count("kill") == kills
+
+
+def test_the_launch_of_a_job_for_a_batch_queue_is_not_cut_off() -> None:
+    """Pulsar would say `preprocessing` for ever, or never tell the batch system."""
+    carrier = Memory(Status("preprocessing"), progress=WAITING)
+    asyncio.run(site(carrier, batch=True).cancel(ID, force=True))
+    assert "put answer.json" in carrier.calls
+    assert "kill" not in carrier.calls
 
 
 def test_nothing_is_fetched_from_an_ended_job_that_is_not_there() -> None:

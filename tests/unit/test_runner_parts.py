@@ -19,7 +19,7 @@ from tesp_api.runner.engines.host import substitution
 from tesp_api.runner.engines.registry import credentials
 from tesp_api.runner.errors import Problem, Refused
 from tesp_api.runner.jobdir import JobDirectory
-from tesp_api.runner.logs import BoundedLog
+from tesp_api.runner.logs import BoundedLog, Stream
 from tesp_api.runner.mounts import Bound, prepare
 from tesp_api.runner.pattern import compiled, matches
 from tesp_api.runner.transfer.file import path_of
@@ -55,6 +55,33 @@ def test_a_log_needs_constant_memory() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 600000
+
+
+@given(st.lists(st.binary(max_size=60)), st.integers(0, 64), st.integers(8, 40))
+def test_a_tail_stands_for_the_bytes_at_the_end(blocks: list[bytes], kept: int, limit: int) -> None:
+    stream = Stream(kept)
+    for block in blocks:
+        stream.write(block)
+    text, size = stream.tail(limit)
+    data = b"".join(blocks)
+    assert 0 <= len(data) - size <= 3, "at most an unfinished character is held back"
+    encoded = text.encode()
+    assert len(encoded) <= limit
+    there = data[size - len(encoded) : size]
+    assert all(mine == its or mine == ord("?") for mine, its in zip(encoded, there, strict=True))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.data())
+def test_tails_of_text_join_without_a_seam(text: str, data: st.DataObject) -> None:
+    """What a reader needs who prints a stream as it grows, wherever it is cut into writes."""
+    written, stream = text.encode(), Stream(4 * len(text.encode()) + 64)
+    cut = data.draw(st.integers(0, len(written)))
+    stream.write(written[:cut])
+    first, size = stream.tail(4 * len(written) + 8)
+    stream.write(written[cut:])
+    whole, end = stream.tail(4 * len(written) + 8)
+    assert (whole, end) == (text, len(written))
+    assert first + whole.encode()[size:].decode() == text
 
 
 # Patterns

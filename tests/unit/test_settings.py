@@ -183,6 +183,31 @@ def test_variables(tmp_path: Path) -> None:
     assert "server" in refused(file, {"TESP_SERVER": "x"})
 
 
+@pytest.mark.parametrize(
+    ("url", "good"),
+    [
+        ("", True),
+        ("https://tes.example.org", True),
+        ("http://[::1]:8080/behind/a/proxy/", True),
+        ("tes.example.org", False),
+        ("ftp://tes.example.org", False),
+        ("https://user:hunter2@tes.example.org", False),
+        ("https://tes.example.org/?a=b", False),
+        ("https://tes.example.org/#a", False),
+        ("https://tes.example.org/a b", False),
+        ("https://t\u00e4s.example.org", False),
+    ],
+)
+def test_the_address_for_reports(tmp_path: Path, url: str, good: bool) -> None:
+    file = written(tmp_path, "[default.server]\n")
+    if good:
+        assert load(file, {"TESP_SERVER__PUBLIC_URL": url}).server.public_url == url
+    else:
+        message = refused(file, {"TESP_SERVER__PUBLIC_URL": url})
+        assert "server.public_url" in message
+        assert "hunter2" not in message
+
+
 @pytest.mark.parametrize("token", ["12345678", "true", "0x10", "1e5", "[a", "{x=1}", "a b", "@none", "'q'", ""])
 def test_text_that_looks_like_something_else_stays_text(token: str) -> None:
     """A token of digits is still a token."""

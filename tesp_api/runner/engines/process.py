@@ -7,11 +7,13 @@ import subprocess
 import time
 from typing import Dict, List, Optional, Tuple
 
+from .. import batch
 from ..errors import CommandError
 from ..logs import Stream
 from . import Run, Setting, kill_groups, marked
 
 _GRACE = 1.0  # seconds from SIGTERM to SIGKILL
+_SETTLE = 0.2  # seconds that a signal for the whole job, which has ended the executor, may need to reach us
 _DRAIN = 1.0  # seconds that output may still come after the end of the last process that we know
 
 
@@ -37,6 +39,8 @@ def execute(
         process.wait()
         hearing.drain(_DRAIN)
         hearing.close()
+    if batch.inside():
+        setting.watch.sleep(_SETTLE)
     setting.watch.check()
     code = process.returncode
     return 128 - code if code < 0 else code

@@ -84,6 +84,7 @@ class AmqpPost:
         self._letters: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
         self._copies: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
         self._sending = asyncio.Semaphore(SENDING)
+        self._tried = asyncio.Event()
         self._ready = asyncio.Event()
         self._broken = asyncio.Event()
         self._exchange: AbstractExchange | None = None
@@ -120,7 +121,7 @@ class AmqpPost:
             raise SiteUnavailable(f"{self._broker} could not keep a message.") from error
         except TimeoutError as error:
             raise SiteUnavailable(f"{self._broker} did not confirm a message in time.") from error
-        except (amqp.AMQPError, OSError, RuntimeError) as error:
+        except Exception as error:  # aiormq passes on whatever closed the connection, at times a bare Exception
             self._broken.set()
             if _is_too_long(error, len(message.body)):
                 raise SiteRefused(
@@ -179,9 +180,10 @@ class AmqpPost:
     # The connection
 
     async def _connected(self) -> AbstractExchange:
-        patience = RECONNECT if self._trouble else self._timeout
         with suppress(TimeoutError):
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(self._timeout):
+                await self._tried.wait()
+            async with asyncio.timeout(RECONNECT):
                 await self._ready.wait()
         if self._exchange is None:
             raise SiteUnavailable(self._trouble or f"{self._broker} does not answer.", unsent=True)
@@ -259,6 +261,7 @@ class AmqpPost:
         elif not trouble:
             log.info("%s is connected.", self.where)
         self._trouble = trouble
+        self._tried.set()
 
     def _words(self, error: Exception) -> str:
         """Why there is no connection, in one sentence without secrets."""
@@ -273,8 +276,8 @@ class AmqpPost:
 def _reason(error: BaseException) -> str | None:
     if isinstance(error, amqp.ProbableAuthenticationError | amqp.AuthenticationError):
         return "refuses our login: the user or the password in `amqp_url` is wrong."
-    if isinstance(error, amqp.ConnectionNotAllowed):
-        return f"does not let us use the virtual host in `amqp_url`: {_told(error)}"
+    if isinstance(error, amqp.ConnectionNotAllowed) or _is_shut_out(error):
+        return "does not let us use the virtual host in `amqp_url`: is there one of that name, and may our user use it?"
     if isinstance(error, amqp.ChannelAccessRefused):
         return f"does not allow our user what it needs: {_told(error)}"
     if isinstance(error, amqp.ChannelPreconditionFailed):
@@ -285,8 +288,8 @@ def _reason(error: BaseException) -> str | None:
         return f"and we find no common TLS: {documents.words(error.reason or str(error), 120)}."
     if isinstance(error, TimeoutError):
         return "did not answer in time."
-    if isinstance(error, OSError) and error.filename:
-        return f"cannot be used: {error.filename}, named in `amqp_url`, cannot be read: {error.strerror}."
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+        return f"cannot be used: a file that `amqp_url` names for TLS cannot be read: {error.strerror}."
     if isinstance(error, OSError) and not isinstance(error, amqp.AMQPError):
         return f"cannot be reached: {documents.words(error.strerror or str(error), 120) or type(error).__name__}."
     return None
@@ -300,6 +303,11 @@ def _told(error: BaseException) -> str:
 
 def _words(error: Exception) -> str:
     return documents.words(str(error), 100)
+
+
+def _is_shut_out(error: BaseException) -> bool:
+    """Whether the broker said good-bye in place of its consent to the virtual host; aiormq keeps its words back."""
+    return isinstance(error, amqp.InvalidFrameError) and "Connection.OpenOk" in str(error)
 
 
 def _is_too_long(error: BaseException, length: int) -> bool:

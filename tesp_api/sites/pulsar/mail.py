@@ -7,6 +7,7 @@ Files are read, written and removed by errands, a Pulsar job each; what is asked
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import reprlib
 from collections import deque
@@ -22,7 +23,7 @@ from tesp_api.runner.job import EXIT_NO_PYTHON
 from tesp_api.sites import documents
 from tesp_api.sites.pulsar import errand, messages
 from tesp_api.sites.pulsar.errand import Failed, Install, NoRoom, Outcome, Read, Remove, Request, Write
-from tesp_api.sites.pulsar.messages import ANSWER, ENDED, JOBDIR, RUNNING, Launch, Status
+from tesp_api.sites.pulsar.messages import ANSWER, ENDED, JOBDIR, Launch, Status
 from tesp_api.sites.pulsar.post import KILL, SETUP, STATUS, Post
 
 log = logging.getLogger(__name__)
@@ -32,12 +33,6 @@ T = TypeVar("T")
 ASK_AFTER: Final = (0.1, 0.2, 0.4, 0.8, 1.5, 3.0)
 """Pauses in seconds after which an errand is asked for, the last one again and again: a question moves Pulsar on, and
 the message of the end may be lost."""
-
-SLOW: Final = 2.0
-"""Seconds after which it is found out whether Pulsar has passed over a question."""
-
-PASSED_OVER: Final = 1.0
-"""Seconds by which an answer may come after that to a later question."""
 
 SPENT: Final = 1000
 """Errands whose directories are still to be removed, at most; the oldest are forgotten first."""
@@ -55,16 +50,20 @@ class _Wish:
 
 
 class MailCarrier:
-    """See Carrier. `timeout` is the longest wait for Pulsar's answer; `file_pause`: see Carrier."""
+    """See Carrier. `timeout` is the longest wait for Pulsar's answer; after `slow` seconds without one it is found out
+    whether Pulsar has passed over the question; `file_pause`: see Carrier."""
 
     by_mail = True
 
-    def __init__(self, post: Post, *, timeout: float = 30.0, file_pause: float = 20.0) -> None:
+    def __init__(self, post: Post, *, timeout: float = 30.0, file_pause: float = 20.0, slow: float = 2.0) -> None:
         self.file_pause = file_pause
         self._post = post
         self._timeout = timeout
+        self._slow = slow
         self._awaited: dict[str, asyncio.Future[Status]] = {}  # job id -> the next thing that Pulsar says of it
         self._questions: dict[str, asyncio.Task[Status | None]] = {}
+        self._numbers = itertools.count()
+        self._later: tuple[int, asyncio.Task[Status]] | None = None
         self._errands: dict[str, asyncio.Future[Status]] = {}
         self._spent: deque[str] = deque(maxlen=SPENT)
         self._wishes: dict[Request, _Wish] = {}
@@ -192,15 +191,26 @@ class MailCarrier:
             async with asyncio.timeout(self._timeout):
                 with self._awaiting(job_id) as answer:
                     await self._send_question(job_id)
-                    if await _is_there(answer, SLOW):
+                    number = next(self._numbers)
+                    if await _is_there(answer, self._slow):
                         return answer.result()
-                    nobody = errand.new_id()
-                    with self._awaiting(nobody) as later:
-                        await self._send_question(nobody)
-                        await asyncio.wait((answer, later), return_when=asyncio.FIRST_COMPLETED)
-                    return answer.result() if await _is_there(answer, PASSED_OVER) else None
+                    await asyncio.wait((answer, self._later_answer(number)), return_when=asyncio.FIRST_COMPLETED)
+                    return answer.result() if await _is_there(answer, self._slow / 2) else None
         except TimeoutError:
             raise SiteUnavailable(f"{self._post.where} did not answer in time; does Pulsar run there?") from None
+
+    def _later_answer(self, number: int) -> asyncio.Task[Status]:
+        """The answer to a question after that of this number, about nobody; one for all who wait, as Pulsar is slow."""
+        if self._later is None or self._later[0] < number or (self._later[1].done() and not _is_good(self._later[1])):
+            self._later = next(self._numbers), self._start(self._ask_about_nobody())
+        return self._later[1]
+
+    async def _ask_about_nobody(self) -> Status:
+        nobody = errand.new_id()
+        async with asyncio.timeout(self._timeout):
+            with self._awaiting(nobody) as answer:
+                await self._send_question(nobody)
+                return await answer
 
     async def _send_question(self, job_id: str) -> None:
         await self._post.send(STATUS, {"job_id": job_id, "request": "status"})
@@ -322,7 +332,8 @@ class MailCarrier:
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, SiteError):
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, SiteError | TimeoutError):
             log.error("the mail of %s failed", self._post.where, exc_info=error)
 
     async def _outcome_of(self, shared: asyncio.Future[T]) -> T:
@@ -333,6 +344,10 @@ class MailCarrier:
             if shared.cancelled():
                 raise SiteUnavailable(f"{self._post.where} is not in use any more.") from None
             raise
+
+
+def _is_good(done: asyncio.Task[Status]) -> bool:
+    return not done.cancelled() and done.exception() is None
 
 
 async def _is_there(answer: asyncio.Future[Status], within: float) -> bool:
@@ -350,8 +365,9 @@ def _read(letter: object) -> tuple[str, Status] | None:
 
 
 def _is_news(status: Status) -> bool:
-    """Whether others should hear of it. `lost` may be an answer that a job's launch has overtaken meanwhile."""
-    return status.state in ENDED or status.state in RUNNING or status.result is not None
+    """Whether others should hear of it: of ends only. Anything else is an answer to a question of somebody's, and may
+    be old by now."""
+    return status.state in ENDED or status.result is not None
 
 
 def _words(letter: object) -> str:

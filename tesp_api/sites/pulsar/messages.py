@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tesp_api.errors import SiteRefused
 from tesp_api.runner.job import Plan, Progress
 from tesp_api.sites import documents
+from tesp_api.sites.pulsar import batch
 
 JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,200}")
 
@@ -50,11 +51,13 @@ class File:
 
 @dataclass(frozen=True)
 class Launch:
-    """One job, complete: what a carrier needs to have it run."""
+    """One job, complete: what a carrier needs to have it run. `env` are lines for the head of Pulsar's job script."""
 
     job_id: str
     command_line: str
     files: Sequence[File]
+    submit_params: Mapping[str, object] = field(default_factory=dict)
+    env: Sequence[Mapping[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,8 @@ def check_id(job_id: str) -> str:
     return job_id
 
 
-def launch(plan: Plan, command_line: str) -> Launch:
-    """A plan as a job for Pulsar.
+def launch(plan: Plan, command_line: str, *, batched: bool = False) -> Launch:
+    """A plan as a job for Pulsar; `batched`: for one with a batch system behind it.
 
     The first progress.json is ours, so that there is something to download before the runner writes its own: a
     download of a missing file is an internal error with a traceback at Pulsar.
@@ -99,7 +102,13 @@ def launch(plan: Plan, command_line: str) -> Launch:
     first = documents.dump(Progress(job_id=plan.job_id)).decode("ascii")
     text = documents.dump(plan).decode("ascii")
     files = (File(PROGRESS, METADATA, first), File(PLAN, INPUT, text))
-    return Launch(job_id=check_id(plan.job_id), command_line=command_line, files=files)
+    return Launch(
+        job_id=check_id(plan.job_id),
+        command_line=command_line,
+        files=files,
+        submit_params=batch.submit_params(plan) if batched else {},
+        env=batch.ENV if batched else (),
+    )
 
 
 def staging(files: Sequence[File]) -> dict[str, object]:
@@ -124,8 +133,8 @@ def setup_message(job: Launch) -> dict[str, object]:
         "setup_params": {"job_id": job.job_id},
         "remote_staging": staging(job.files),
         "dynamic_file_sources": list(DYNAMIC_SOURCES),
-        "env": [],
-        "submit_params": {},
+        "env": list(job.env),
+        "submit_params": dict(job.submit_params),
         "dependencies_description": None,
         "touch_outputs": [],
         "token_endpoint": None,
@@ -139,6 +148,10 @@ def submit_query(job: Launch, *, set_up: bool) -> dict[str, str]:
         "remote_staging": _json(staging(job.files)),
         "dynamic_file_sources": _json(DYNAMIC_SOURCES),
     }
+    if job.submit_params:
+        query["params"] = _json(job.submit_params)
+    if job.env:
+        query["env"] = _json(job.env)
     if set_up:
         query["setup_params"] = _json({"job_id": job.job_id})
     return query

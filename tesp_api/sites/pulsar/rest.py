@@ -12,7 +12,7 @@ import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Final, Self
 from urllib.parse import quote, urlencode
@@ -153,7 +153,7 @@ class RestCarrier:
             others = tuple(each for each in launch.files if each is not plan)
             self._good(await self._control("POST", "/jobs", {"job_id": launch.job_id}), "set-up")
             await self._upload(launch.job_id, plan.name, plan.kind, plan.text.encode("ascii"))
-            short = Launch(job_id=launch.job_id, command_line=launch.command_line, files=others)
+            short = replace(launch, files=others)
             query = messages.submit_query(short, set_up=False)
         answer = self._good(await self._control("POST", f"{path}/submit", query), "submit")
         if answer.body != b"OK":

@@ -35,6 +35,9 @@ LEAVING: Final = (0.0, 0.01, 0.03, 0.06)
 AGAIN: Final = (0.05, 0.2, 0.5, 1.0)
 """Pauses in seconds after which it is seen whether a removed directory has stayed away."""
 
+SOON: Final = 3.0
+"""Seconds that a look at many jobs waits for the progress of one, where that takes an errand."""
+
 GONE_WITHIN: Final = 2.0
 """Seconds that a killed job has to clean up before its directory is taken away."""
 
@@ -116,6 +119,7 @@ class PulsarSite:
         self._launched_with: dict[str, int] = {}  # job id -> number of deliveries before its launch
         self._pulses: dict[str, _Pulse] = {}
         self._seen: dict[str, _Seen] = {}
+        self._looking: dict[str, asyncio.Task[job.Progress | None]] = {}
         self._on_the_way: set[str] = set()  # launched by mail, and not known to Pulsar yet
 
     async def __aenter__(self) -> Self:
@@ -125,19 +129,23 @@ class PulsarSite:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._delivery is not None:
-            self._delivery.cancel()
-            await asyncio.gather(self._delivery, return_exceptions=True)
+        under_way = [*self._looking.values(), *([self._delivery] if self._delivery is not None else [])]
+        for each in under_way:
+            each.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
         await self._carrier.__aexit__(kind, error, trace)
 
     # Submit
 
     async def submit(self, plan: job.Plan) -> None:
         """See Site. A repeated submit asks first: only a job that is unknown or still being set up is sent again."""
-        launch = messages.launch(plan, self._command_line)
+        launch = messages.launch(plan, self._command_line, batched=self.facts.batch)
         async with self._turns.turn(plan.job_id):
-            await self._deliver()
-            status = await self._status(plan.job_id)
+            try:
+                await self._deliver()
+                status = await self._status(plan.job_id)
+            except SiteUnavailable as error:
+                raise SiteUnavailable(str(error), unsent=plan.job_id not in self._launched_with) from error
             if status is None or status.state not in (LOST, "preprocessing"):
                 return
             self._launched_with[plan.job_id] = self._deliveries
@@ -208,8 +216,10 @@ class PulsarSite:
             return await self._by_files(job_id, "Pulsar fails to tell the status of this job.")
         if status.state == "preprocessing":
             # The set-up takes a moment, as Pulsar moves no files for us. One killed in the middle says this for ever.
-            phase = Phase.RUNNING if self._is_still(job_id, None) else Phase.WAITING
-            return Observation(job_id=job_id, phase=phase, detail="Pulsar sets the job up.")
+            # It may have been launched all the same, just before.
+            if self._is_still(job_id, None):
+                return await self._by_files(job_id, "Pulsar sets the job up.")
+            return Observation(job_id=job_id, phase=Phase.WAITING, detail="Pulsar sets the job up.")
         if status.state in WAITING or status.state in RUNNING:
             return await self._active(job_id, status)
         if status.state in ENDED:
@@ -223,14 +233,17 @@ class PulsarSite:
     async def _active(self, job_id: str, status: Status) -> Observation:
         if self._carrier.by_mail and status.state in WAITING:
             return Observation(job_id=job_id, phase=Phase.WAITING)
-        progress = await self._progress(job_id)
+        progress = await (self._latest(job_id) if self._carrier.by_mail else self._progress(job_id))
         result = None
-        if (progress is not None and progress.phase == "done") or self._is_still(job_id, progress):
+        # By mail the end is about to be told, with the result.
+        done = progress is not None and progress.phase == "done" and not self._carrier.by_mail
+        if done or self._is_still(job_id, progress):
             result = await self._result(job_id)
         if result is not None:
             return self._end(Observation(job_id=job_id, phase=Phase.ENDED, progress=progress, result=result))
-        phase = Phase.WAITING if status.state in WAITING else Phase.RUNNING
-        return Observation(job_id=job_id, phase=phase, progress=progress)
+        # A Pulsar that could not take a job up again may call it queued for ever; what has begun has a pulse.
+        queued = status.state in WAITING and (progress is None or progress.phase == "waiting")
+        return Observation(job_id=job_id, phase=Phase.WAITING if queued else Phase.RUNNING, progress=progress)
 
     async def _ended(self, job_id: str, status: Status) -> Observation:
         code = status.returncode if status.state == "complete" else None
@@ -243,6 +256,9 @@ class PulsarSite:
         if code == job.EXIT_DUPLICATE and not (self._carrier.by_mail and _is_fresh(progress)):
             # The second of two launches stood back; Pulsar takes its end for the end of both.
             return Observation(job_id=job_id, phase=Phase.RUNNING, progress=progress, exit_code=code)
+        if self._is_alive(job_id, status, progress):
+            detail = f"Pulsar says {status.state}, but the job may go on."
+            return Observation(job_id=job_id, phase=Phase.RUNNING, progress=progress, detail=detail)
         believed = documents.exit_code(code if code != job.EXIT_DUPLICATE else None, progress)
         if not documents.begun(progress) and believed in (1, job.EXIT_NO_RUNNER, job.EXIT_DAMAGED_RUNNER):
             self._suspect_runner(job_id)
@@ -253,6 +269,18 @@ class PulsarSite:
             exit_code=believed,
             detail=_why(status, code, progress),
         )
+
+    def _is_alive(self, job_id: str, status: Status, progress: job.Progress | None) -> bool:
+        """Whether the end that Pulsar claims is doubtful, and the job's pulse is not yet known to have stopped.
+
+        Pulsar takes a batch system that fails to answer for the end of a job, and its order to cancel for the deed.
+        """
+        doubtful = _is_vague(status) or (self.facts.batch and status.state == "cancelled")
+        if not doubtful or progress is None or progress.phase == "done":
+            return False
+        if status.state == "cancelled" and progress.phase == "waiting":
+            return False
+        return not self._is_still(job_id, progress)
 
     async def _lost(self, job_id: str, status: Status) -> Observation:
         result = documents.result(_bytes(status.result), job_id)
@@ -286,6 +314,21 @@ class PulsarSite:
             now = time.monotonic()
             self._seen[job_id] = _Seen(progress, now, seen.first if seen is not None else now)
         return progress
+
+    async def _latest(self, job_id: str) -> job.Progress | None:
+        """The job's progress as far as known soon: an errand can be long on its way when there are many launches."""
+        look = self._looking.get(job_id)
+        if look is None:
+            look = self._looking[job_id] = asyncio.create_task(self._progress(job_id))
+            look.add_done_callback(lambda done: self._looked(job_id, done))
+        await asyncio.wait((look,), timeout=SOON)
+        seen = self._seen.get(job_id)
+        return seen.progress if seen is not None else None
+
+    def _looked(self, job_id: str, done: asyncio.Task[job.Progress | None]) -> None:
+        self._looking.pop(job_id, None)
+        if not done.cancelled() and (error := done.exception()) is not None:
+            log.debug("the progress of %s: %s", job_id, error)
 
     def _is_due(self, seen: _Seen) -> bool:
         """Whether to look again: early until the job has started, so that this is seen soon."""
@@ -354,8 +397,9 @@ class PulsarSite:
         messages.check_id(job_id)
         async with self._turns.turn(job_id):  # a submit under way must not slip past its cancel
             status = await self._status(job_id)
-            if status is not None and status.state in ENDED:
+            if status is not None and status.state in ENDED and not _is_vague(status):
                 return
+            force = self._must_kill(status, force)
             if status is not None and status.state == LOST and not await self._may_run(job_id, status):
                 return
             done, told = await asyncio.gather(
@@ -366,6 +410,16 @@ class PulsarSite:
                 await self._carrier.kill(job_id)  # by mail in any case: the node may be too full for an errand
             if wrong:
                 raise wrong[0]
+
+    def _must_kill(self, status: Status | None, force: bool) -> bool:
+        """Whether to have the job killed; behind a batch system, not only and not always by `force`.
+
+        In its queue nobody could read the answer, and that may be long. But a kill during the launch prevents it, or
+        comes too early for the batch system to hear of it, and of neither would anybody learn.
+        """
+        if self.facts.batch and status is not None and status.state in WAITING:
+            return status.state == "queued"
+        return force
 
     async def _may_run(self, job_id: str, status: Status) -> bool:
         """Whether a job that Pulsar does not know may run all the same: it is on the way, or outlived Pulsar's death.
@@ -481,6 +535,11 @@ def _is_fresh(progress: job.Progress | None) -> bool:
 
 def _is_active(status: Status | None) -> bool:
     return status is not None and (status.state in WAITING or status.state in RUNNING)
+
+
+def _is_vague(status: Status) -> bool:
+    """Whether Pulsar says that the job's script has ended, but not how: it may not have."""
+    return status.state == "complete" and status.returncode is None
 
 
 def _listed(status: Status, name: str) -> bool:

@@ -1,0 +1,67 @@
+"""What a node sends is right to the last field, or it is nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tesp_api.runner import job
+from tesp_api.sites import documents
+
+RESULT = {"job_id": "j-1", "state": "COMPLETE", "start_time": "s", "end_time": "e"}
+
+
+def report(**fields: Any) -> bytes:
+    progress = {"job_id": "j-1", "phase": "running", **fields.pop("progress", {})}
+    return json.dumps({"progress": progress, **fields}).encode()
+
+
+def test_a_report() -> None:
+    found = documents.report(report(progress={"stdout": "x", "stdout_bytes": 1}, hold=1, result=RESULT), "j-1")
+    assert found is not None
+    assert (found.progress.stdout, found.hold) == ("x", 1)
+    assert found.result is not None
+    assert documents.report(documents.dump(found), "j-1") == found
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b"\xff",
+        b"[" * 100000,
+        report(progress={"job_id": "j-2"}),
+        report(progress={"phase": "dancing"}),
+        report(progress={"stdout": 1}),
+        report(progress={"stdout": "x" * (job.TAIL_BYTES + 1)}),
+        report(progress={"stderr_bytes": -1}),
+        report(progress={"stdout_bytes": 1 << 70}),
+        report(progress={"beat": 1.5}),
+        report(progress={"version": 2}),
+        report(hold=-1),
+        report(hold=job.HOLD + 1),
+        report(hold="1"),
+        report(hold=True),
+        report(hold=float("nan")),
+        report(result=[]),
+        report(result={**RESULT, "job_id": "j-2"}),
+        report(result={**RESULT, "state": "RUNNING"}),
+        report(result={**RESULT, "executors": [{"exit_code": "0"}]}),
+        report() + b" " * job.REPORT_BYTES,
+    ],
+    ids=range(23),
+)
+def test_no_report(data: bytes) -> None:
+    assert documents.report(data, "j-1") is None
+
+
+def test_the_longest_progress_can_be_read() -> None:
+    """A tail takes most room when all of it has to be escaped."""
+    worst = job.Progress("j-1", stdout="\x01" * job.TAIL_BYTES, stderr="\x01" * job.TAIL_BYTES)
+    data = documents.dump(worst)
+    assert len(data) < documents.PROGRESS_BYTES
+    assert documents.progress(data, "j-1") == worst
