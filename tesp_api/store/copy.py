@@ -14,7 +14,7 @@ AT_ONCE = 50
 async def copy(source: TaskStore, target: TaskStore) -> tuple[int, int]:
     """Add every task of `source`, as it is, to `target`; how many were added, and how many were there already.
 
-    Nobody else may use `source` meanwhile. Idempotency keys are not taken along.
+    Nobody else may use `source` meanwhile. Idempotency keys and letters are not taken along.
     """
     added = there = 0
     after: str | None = None

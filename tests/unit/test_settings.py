@@ -19,6 +19,10 @@ from tesp_api.settings import Settings, load, prepare_data_dir
 FILE = Path(__file__).parent.parent.parent / "settings.toml"
 
 
+RELAY = '[[default.sites]]\ncarrier = "relay"\nrelay_password = "s3cret"'
+"""The beginning of a site at the relay."""
+
+
 def plain(value: Any) -> Any:
     """Settings as the file writes them."""
     if isinstance(value, BaseModel):
@@ -93,6 +97,18 @@ def refused(
         ('[default.pulsar]\namqp_url = "amqp://h"\namqp_key_prefix = "a b"', ["pulsar.amqp_key_prefix"]),
         ('[default.pulsar]\namqp_url = "amqp://h"\n[default.dispatch]\nlease = 19', ["dispatch.lease", "20 seconds"]),
         ('[[default.sites]]\nname = "a"\ncarrier = "amqp"', ["sites.0.amqp_url"]),
+        ('[[default.sites]]\nname = "a"\ncarrier = "relay"', ["sites.0.relay_password"]),
+        (f'{RELAY}\nname = "a"\nrelay_topic_prefix = "a b"', ["sites.0.relay_topic_prefix"]),
+        (f'{RELAY}\nname = "a"\n[default.dispatch]\nlease = 19', ["dispatch.lease", "20 seconds"]),
+        (f'{RELAY}\nname = "a"\nrelay_user = "u"\n{RELAY}\nname = "u"', ["sites.1.manager", "same user"]),
+        (
+            f'{RELAY}\nname = "a"\nrelay_user = "u"\n{RELAY}\nname = "b"\nrelay_user = "u"\nmanager = "_default_"',
+            ["sites.1.manager"],
+        ),
+        (
+            f'{RELAY}\nname = "u"\n{RELAY.replace("s3cret", "other")}\nname = "b"\nrelay_user = "u"\nmanager = "m"',
+            ["sites.1.relay_password", "another password"],
+        ),
         ("[default.server]\nroles = []", ["server.roles"]),
         ('[default.server]\nroles = ["api", "db"]', ["server.roles"]),
         ("[default\n", ["cannot be read"]),
@@ -112,6 +128,8 @@ def test_secrets_are_not_in_the_message(tmp_path: Path) -> None:
     assert "s3cret" not in refused(written(tmp_path, '[default.pulsar]\namqp_url = "amq://u:s3cret@h"'))
     for text in ('amqp_url = "amqp://u:s3cret@h"\nurl = "http://h"', 'amqp_url = "amqp://u:s3cret@h:99999"'):
         assert "s3cret" not in refused(written(tmp_path, f"[default.pulsar]\n{text}\n"))
+    assert "s3cret" not in refused(written(tmp_path, f'{RELAY}\nname = "a"\nmanager = 1\n{RELAY}\nname = "a"'))
+    assert "s3cret" not in repr(load(written(tmp_path, f'{RELAY}\nname = "a"\n'), {}))
     assert "s3cret" not in repr(load(written(tmp_path, '[default.pulsar]\namqp_url = "amqp://u:s3cret@h"\n'), {}))
 
 
@@ -483,3 +501,8 @@ def test_the_variables_of_the_compose_file_are_not_taken_for_settings() -> None:
     settings = load(None, given)
     assert settings.pulsar.url == "http://pulsar:8913"
     assert [root.path for root in settings.pulsar.file_roots] == ["/srv/tesp"]
+
+
+def test_two_managers_of_one_pulsar_are_two_sites_of_one_account(tmp_path: Path) -> None:
+    text = f'{RELAY}\nname = "u"\n{RELAY}\nname = "big"\nrelay_user = "u"\nmanager = "big"'
+    assert [each.relay_account for each in load(written(tmp_path, text), {}).sites] == ["u", "u"]
