@@ -69,7 +69,7 @@ class Attempt:
     `cancel_sent`. `ended` is when we saw it over, or gave it up; `abandoned` says the latter: something of it may still
     run. `forgotten`: nothing of it is left at the site.
     `tokens`: hashes of what the job may name itself with when it reports, one for each of the latest submits;
-    `reported` is when a report was last noted here.
+    `reported` is when a report was last noted here. `watched` is when somebody last wanted to see what the job does.
     `log` is TES's, without the texts that `Task.bodies` holds.
     """
 
@@ -88,6 +88,7 @@ class Attempt:
     forgotten: bool = False
     tokens: tuple[str, ...] = ()
     reported: float | None = None
+    watched: float | None = None
     log: TesTaskLog = field(default_factory=lambda: TesTaskLog(logs=[], outputs=[]))
 
 

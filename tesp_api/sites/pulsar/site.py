@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Final, Protocol, Self
 
@@ -204,6 +205,12 @@ class PulsarSite:
         if errors and len(errors) == len(job_ids):
             raise SiteUnavailable(str(errors[0])) from errors[0]
         return observations
+
+    def freshen(self, job_ids: Sequence[str]) -> None:
+        """See Site. Where looking is dear, one is due now."""
+        for job_id in job_ids:
+            if (seen := self._seen.get(job_id)) is not None:
+                self._seen[job_id] = replace(seen, at=-math.inf)
 
     async def _look(self, job_id: str) -> Observation:
         if not messages.JOB_ID.fullmatch(job_id):
