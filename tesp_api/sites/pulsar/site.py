@@ -259,7 +259,8 @@ class PulsarSite:
             result = await self._result(job_id)
         if result is not None:
             return self._end(Observation(job_id=job_id, phase=Phase.ENDED, result=result, exit_code=code))
-        progress = await self._progress(job_id) if _listed(status, PROGRESS) else None
+        # A remembered progress may say "waiting" of a job that has begun since, and then its code would be believed.
+        progress = await self._progress(job_id, fresh=True) if _listed(status, PROGRESS) else None
         if code == job.EXIT_DUPLICATE and not (self._carrier.by_mail and _is_fresh(progress)):
             # The second of two launches stood back; Pulsar takes its end for the end of both.
             return Observation(job_id=job_id, phase=Phase.RUNNING, progress=progress, exit_code=code)
