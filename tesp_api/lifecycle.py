@@ -68,6 +68,9 @@ REPORTS_FOR: Final = 60.0
 NOTED_FOR: Final = 10.0
 """Seconds after a noted report in which another one that brings no news need not be noted."""
 
+WATCHED_FOR: Final = 2.0
+"""Seconds for which a look at a job is for one who wants to see what it does."""
+
 SOON: Final = 1.0
 """Seconds within which the next look at a job is soon enough for one who wants to see what it does."""
 
@@ -217,7 +220,14 @@ def look_now(task: Task, now: float) -> Change | None:
     attempt = task.attempt
     if task.state is not TesState.RUNNING or attempt is None or reports(attempt, now):
         return None
-    return _change(task, due_at=now) if task.due_at is not None and task.due_at - now > SOON else None
+    if task.due_at is None or task.due_at - now <= SOON:
+        return None
+    return _change(task, due_at=now, attempt=replace(attempt, watched=now))
+
+
+def is_watched(attempt: Attempt, now: float) -> bool:
+    """Whether somebody has just wanted to see what the job does."""
+    return attempt.watched is not None and 0 <= now - attempt.watched < WATCHED_FOR
 
 
 def wait(task: Task, now: float, reason: str, *, pause: float) -> Change:

@@ -70,7 +70,7 @@ class Attempt:
     run. `forgotten`: nothing of it is left at the site. `withdrawn`: its site never heard of it, so that it is no
     attempt at all: the next one takes its place, and nobody is shown it.
     `tokens`: hashes of what the job may name itself with when it reports, one for each of the latest submits;
-    `reported` is when a report was last noted here.
+    `reported` is when a report was last noted here. `watched` is when somebody last wanted to see what the job does.
     `log` is TES's, without the texts that `Task.bodies` holds.
     """
 
@@ -90,6 +90,7 @@ class Attempt:
     tokens: tuple[str, ...] = ()
     reported: float | None = None
     withdrawn: bool = False
+    watched: float | None = None
     log: TesTaskLog = field(default_factory=lambda: TesTaskLog(logs=[], outputs=[]))
 
 

@@ -101,6 +101,9 @@ class SiteDouble:
             await self._call("observe", job_id)
         return [self.jobs[each].seen() for each in job_ids if each in self.jobs and each not in self.lost]
 
+    def freshen(self, job_ids: Sequence[str]) -> None:
+        self.calls += [("freshen", each) for each in job_ids]
+
     async def updates(self) -> AsyncIterator[Observation]:
         for each in ():
             yield each

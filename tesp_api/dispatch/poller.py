@@ -135,6 +135,12 @@ class Poller:
 
     async def _observe(self, site: Site, tasks: list[Task], policy: Policy) -> None:
         by_job = {task.attempt.job_id: task for task in tasks if task.attempt is not None}
+        now = self._clock()
+        watched = [
+            job_id for job_id, task in by_job.items() if task.attempt and lifecycle.is_watched(task.attempt, now)
+        ]
+        if watched:
+            site.freshen(watched)
         try:
             async with asyncio.timeout(0.7 * policy.lease):
                 seen = {each.job_id: each for each in await site.observe(list(by_job))}

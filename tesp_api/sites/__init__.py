@@ -65,6 +65,9 @@ class Site(Protocol):
     async def observe(self, job_ids: Sequence[str]) -> Sequence[Observation]:
         """How each of these jobs is, in any order; SiteUnavailable when the site cannot be asked at all."""
 
+    def freshen(self, job_ids: Sequence[str]) -> None:
+        """Somebody wants to see what these jobs do, so their next observation should be as fresh as can be had."""
+
     def updates(self) -> AsyncIterator[Observation]:
         """Observations that the site sends by itself. The last one counts as taken when the next is asked for."""
 

@@ -135,6 +135,9 @@ class LocalSite:
                 self._watch.add(seen.job_id)
         return observations
 
+    def freshen(self, job_ids: Sequence[str]) -> None:
+        """See Site. It always is."""
+
     async def updates(self) -> AsyncIterator[Observation]:
         """See Site."""
         async for seen in self._watch.moves():

@@ -526,6 +526,29 @@ async def test_a_cancel_that_takes_long_is_asked_once_and_arrives(world: World) 
     assert (await world.until_final(task)).state is S.CANCELED
 
 
+# Somebody looks
+
+
+@on()
+async def test_the_look_for_one_who_looks_is_a_fresh_one(world: World) -> None:
+    (task,) = await world.add()
+    await world.step()
+    world.site.job().run()
+    for _ in range(40):
+        await world.step(5)
+    job_id = f"{task.id}-1"
+    assert ("freshen", job_id) not in world.site.calls
+    current = await world.get(task)
+    change = lifecycle.look_now(current, world.now - 3)
+    assert change is not None
+    assert await world.store.apply(task.id, change) is not None
+    world.now -= 3
+    looks = world.site.calls.count(("observe", job_id))
+    await world.step()
+    assert world.site.calls[-2:] == [("freshen", job_id), ("observe", job_id)]
+    assert world.site.calls.count(("observe", job_id)) == looks + 1
+
+
 # Tokens
 
 

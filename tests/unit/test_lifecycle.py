@@ -621,7 +621,11 @@ def test_a_job_that_reports_is_looked_at_rarely_until_it_does_so_no_more() -> No
 
 def test_who_looks_at_a_running_task_has_its_job_looked_at() -> None:
     task = replace(task_in(S.RUNNING), due_at=NOW + 5)
-    assert applied(task, lifecycle.look_now(task, NOW)).due_at == NOW
+    watched = applied(task, lifecycle.look_now(task, NOW))
+    assert watched.due_at == NOW
+    assert lifecycle.is_watched(last(watched), NOW + 1)
+    assert not lifecycle.is_watched(last(watched), NOW + 60)
+    assert not lifecycle.is_watched(last(task), NOW)
     assert lifecycle.look_now(replace(task, due_at=NOW + 0.5), NOW) is None, "it will be, soon"
     assert lifecycle.look_now(replace(task_in(S.RUNNING, reported=NOW), due_at=NOW + 5), NOW) is None
     for state in set(S) - {S.RUNNING}:

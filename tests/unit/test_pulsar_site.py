@@ -123,6 +123,38 @@ def test_what_an_observation_says(
     assert (seen.phase, seen.result is not None, seen.exit_code) == (phase, has_result, exit_code)
 
 
+def test_where_looking_is_dear_there_is_a_fresh_look_for_one_who_looks() -> None:
+    async def go() -> None:
+        carrier = Memory(Status("running"), progress=BEGUN)
+        carrier.file_pause = 3600.0
+        there = site(carrier)
+        for _ in range(2):
+            await there.observe([ID])
+        assert carrier.calls == ["progress.json"]
+        there.freshen([ID, "unheard-of-1"])
+        for _ in range(2):
+            await there.observe([ID])
+        assert carrier.calls == ["progress.json"] * 2
+
+    asyncio.run(go())
+
+
+def test_an_exit_code_is_judged_by_a_progress_of_now() -> None:
+    """A job that had not begun at the last look, and crashed before the next one, must not run once more."""
+
+    async def go() -> None:
+        carrier = Memory(Status("running"), progress=WAITING)
+        carrier.file_pause = 3600.0
+        there = site(carrier)
+        await there.observe([ID])
+        carrier.answer = Status("complete", 1, HERE)
+        carrier.files["progress.json"] = documents.dump(BEGUN)
+        (seen,) = await there.observe([ID])
+        assert (seen.phase, seen.exit_code) == (Phase.ENDED, None)
+
+    asyncio.run(go())
+
+
 def test_a_set_up_without_an_end_is_no_sign_of_life() -> None:
     """A Pulsar that was killed while it set the job up says so ever after; patience must come to its end."""
     found = site(Memory(Status("preprocessing")))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Final, Protocol, Self
 
@@ -210,6 +211,12 @@ class PulsarSite:
             raise SiteUnavailable(str(errors[0])) from errors[0]
         return observations
 
+    def freshen(self, job_ids: Sequence[str]) -> None:
+        """See Site. Where looking is dear, one is due now."""
+        for job_id in job_ids:
+            if (seen := self._seen.get(job_id)) is not None:
+                self._seen[job_id] = replace(seen, at=-math.inf)
+
     async def _look(self, job_id: str) -> Observation:
         if not messages.JOB_ID.fullmatch(job_id):
             return Observation(job_id=job_id, phase=Phase.UNKNOWN, detail="No Pulsar can have a job of this name.")
@@ -257,7 +264,7 @@ class PulsarSite:
             result = await self._result(job_id)
         if result is not None:
             return self._end(Observation(job_id=job_id, phase=Phase.ENDED, result=result, exit_code=code))
-        # Fresh: whether anything was started must not be judged by what was so a while ago.
+        # A remembered progress may say "waiting" of a job that has begun since, and then its code would be believed.
         progress = await self._progress(job_id, fresh=True) if _listed(status, PROGRESS) else None
         if code == job.EXIT_DUPLICATE and not (self._carrier.by_mail and _is_fresh(progress)):
             # The second of two launches stood back; Pulsar takes its end for the end of both.
