@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from tesp_api import __version__
-from tesp_api.api import PREFIXES, Api, ServiceDescription, problems, router
+from tesp_api.api import PREFIXES, Api, ServiceDescription, extensions, problems, router
 from tesp_api.api import relay as relay_api
 from tesp_api.api.jobs import PATH, Jobs
 from tesp_api.api.openapi import add_docs, openapi
@@ -30,11 +30,13 @@ from tesp_api.api.repeats import Creates
 from tesp_api.api.routes import Methods
 from tesp_api.dispatch import loop
 from tesp_api.dispatch.dispatcher import Dispatcher
+from tesp_api.dispatch.health import Health
+from tesp_api.dispatch.inspector import Inspector
 from tesp_api.dispatch.keeper import Keeper
-from tesp_api.dispatch.news import SiteNews
 from tesp_api.dispatch.poller import Poller
 from tesp_api.errors import SettingsError, StoreUnavailable, TespError
 from tesp_api.lifecycle import Policy
+from tesp_api.parameters import Offer, Offers, known
 from tesp_api.relay import Manager
 from tesp_api.runner.bundle import build
 from tesp_api.runner.job import FileRoot, Runtime
@@ -76,6 +78,7 @@ class Service:
     poller: Poller
     keeper: Keeper
     policies: Mapping[str, Policy]
+    inspector: Inspector
     dispatches: bool = True
     loops: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -98,7 +101,7 @@ class Service:
             self.loops = [
                 *(
                     asyncio.create_task(loop.run(each, self.store.bell, self.store.clock), name=each.name)
-                    for each in (self.dispatcher, self.poller, self.keeper)
+                    for each in (self.dispatcher, self.poller, self.keeper, self.inspector)
                 ),
                 *(
                     asyncio.create_task(self._listen(site), name=f"updates of {site.facts.name}")
@@ -131,8 +134,7 @@ class Service:
         await asyncio.gather(*self.loops, return_exceptions=True)
         try:
             async with asyncio.timeout(STOP_WITHIN):
-                await self.dispatcher.drain()
-                await self.poller.drain()
+                await asyncio.gather(*(each.drain() for each in (self.dispatcher, self.poller, self.inspector)))
         except TimeoutError:
             log.warning("Stopping with work under way; the next start goes on with it.")
 
@@ -213,19 +215,21 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
 
 
 def _add_api(app: FastAPI, service: Service, creates: Creates, settings: Settings) -> None:
-    api = router(
-        Api(
-            store=service.store,
-            service=_description(settings),
-            fold_canceling=settings.server.hide_canceling,
-            fold_attempts=settings.retry.fold,
-            max_body=int(settings.server.max_body_mb * (1 << 20)),
-            creates=creates,
-            clock=service.store.clock,
-        )
+    api = Api(
+        store=service.store,
+        service=_description(settings),
+        fold_canceling=settings.server.hide_canceling,
+        fold_attempts=settings.retry.fold,
+        max_body=int(settings.server.max_body_mb * (1 << 20)),
+        creates=creates,
+        offers=_offers(settings),
+        sites=[_facts(settings, keys) for keys in _all_site_settings(settings)],
+        clock=service.store.clock,
     )
+    routes = router(api)
     for prefix in PREFIXES:
-        app.include_router(api, prefix=prefix)
+        app.include_router(routes, prefix=prefix)
+    app.router.routes.extend(extensions(api).routes)
     add_docs(app)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
 
@@ -252,11 +256,12 @@ def build_service(settings: Settings) -> Service:
     dispatches = "dispatch" in settings.server.roles
     sites = {site.facts.name: site for site in _sites(settings, store.mail)} if dispatches else {}
     policies = {keys.name: _policy(settings, _facts(settings, keys)) for keys in _all_site_settings(settings)}
-    news = SiteNews()
-    dispatcher = Dispatcher(store, sites, policies, store.clock, news, settings.dispatch.take_over)
-    poller = Poller(store, sites, policies, dispatcher.submit, store.clock, news)
+    health = Health(sites, store.clock)
+    dispatcher = Dispatcher(store, sites, policies, store.clock, health, settings.dispatch.take_over)
+    poller = Poller(store, sites, policies, dispatcher.submit, store.clock, health)
+    inspector = Inspector(store, sites, health, store.clock)
     keeper = Keeper(store, settings.retention.days, _owned(settings) if dispatches else {})
-    return Service(store, store.mail, sites, dispatcher, poller, keeper, policies, dispatches)
+    return Service(store, store.mail, sites, dispatcher, poller, keeper, policies, inspector, dispatches)
 
 
 def _policy(settings: Settings, facts: SiteFacts) -> Policy:
@@ -341,7 +346,12 @@ def _description(settings: Settings) -> ServiceDescription:
         documentation_url=service.documentation_url,
         environment=service.environment,
         storage=service.storage or _roots_as_storage(settings),
+        backend_parameters=known(_offers(settings)),
     )
+
+
+def _offers(settings: Settings) -> Offers:
+    return {keys.name: Offer(keys.batch, keys.queues) for keys in _all_site_settings(settings)}
 
 
 def _roots_as_storage(settings: Settings) -> tuple[str, ...]:
@@ -416,9 +426,16 @@ def _facts(settings: Settings, keys: SiteSettings) -> SiteFacts:
     docker_host = settings.container.docker_host or (os.environ.get("DOCKER_HOST", "") if own else "")
     return SiteFacts(
         name=keys.name,
+        carrier=keys.carrier,
         max_jobs=keys.max_jobs or (max(4, 2 * (os.cpu_count() or 2)) if own else None),
         cpus=keys.cpus or None,
         ram_gb=keys.ram_gb or None,
+        disk_gb=keys.disk_gb or None,
+        zones=frozenset(keys.zones),
+        labels={key.lower(): value for key, value in keys.labels.items()},
+        preemptible=keys.preemptible,
+        batch=keys.batch,
+        queues=keys.queues,
         file_roots=tuple(FileRoot(root.path, root.write, root.mount) for root in keys.file_roots),
         runtime=Runtime(
             kind=keys.runtime or settings.container.runtime,

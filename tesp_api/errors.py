@@ -12,6 +12,7 @@ TespError
 └── SiteError             what went wrong between us and a site
     ├── SiteUnavailable   no usable answer: it may or may not have heard us; try again
     └── SiteRefused       a clear no, in the site's own words; trying again is useless
+        └── SiteClosed        the no is meant for all of us, not for this job: the operator must change something
 """
 
 from __future__ import annotations
@@ -89,3 +90,7 @@ class SiteUnavailable(SiteError):
 
 class SiteRefused(SiteError):
     """The site understood and said no; repeating the call would not help."""
+
+
+class SiteClosed(SiteRefused):
+    """The site takes nothing from us at all: a wrong token, no Pulsar at the address. The job is not to blame."""

@@ -130,7 +130,7 @@ def _change(
 ) -> Change:
     if state is not None and state is not task.state and state not in TRANSITIONS.get(task.state, frozenset()):
         raise AssertionError(f"{task.state} -> {state} is no step of the state machine")
-    number = attempt.number if attempt else task.attempt.number if task.attempt else 0
+    number = attempt.number if attempt else len(task.tries)
     return Change(
         version=task.version,
         state=state,
@@ -152,7 +152,7 @@ def assign(task: Task, site: str, now: float, policy: Policy, *, token: str = ""
     """
     if task.state is not TesState.QUEUED:
         return None
-    number = len(task.attempts) + 1
+    number = len(task.tries) + 1
     attempt = Attempt(
         number=number,
         job_id=job_id(task.id, number),
@@ -171,6 +171,19 @@ def with_token(task: Task, number: int, token: str) -> Change | None:
     if attempt is None or attempt.number != number or task.state not in ACTIVE:
         return None
     return _change(task, attempt=replace(attempt, tokens=(*attempt.tokens, token)[-MOST_TOKENS:]))
+
+
+def unassign(task: Task, assigned: Task, now: float, *lines: str) -> Change | None:
+    """Back to QUEUED, at its place there: the site has surely not heard of the job.
+
+    `assigned` is the task as it was assigned. None if it has changed since: then another process may have sent the job.
+    """
+    attempt = task.attempt
+    if task.version != assigned.version or task.state is not TesState.INITIALIZING or attempt is None:
+        return None
+    attempt = replace(attempt, withdrawn=True)
+    change = _change(task, TesState.QUEUED, due_at=min(task.created, now), attempt=attempt, system=lines)
+    return replace(change, system_of=len(task.attempts) - 1)
 
 
 def confirmed(task: Task, number: int, now: float, policy: Policy) -> Change | None:
@@ -216,6 +229,13 @@ def wait(task: Task, now: float, reason: str, *, pause: float) -> Change:
     return _change(task, due_at=now + pause, attempt=attempt, system=() if noted or not reason else (reason,))
 
 
+def hold(task: Task, now: float, line: str = "") -> Change | None:
+    """Put a QUEUED task back at its place in the queue; `line` says why it waits."""
+    if task.state is not TesState.QUEUED:
+        return None
+    return _change(task, due_at=min(task.created, now), system=(line,) if line else ())
+
+
 def refused(task: Task, number: int, now: float, reason: str) -> Change | None:
     """Attempt `number` cannot be had at its site: it has not begun, and will not."""
     attempt = task.attempt
@@ -255,7 +275,11 @@ def observed(task: Task, seen: Observation, now: float, policy: Policy) -> Chang
     attempt = _heard(attempt, seen, now)
     if seen.exit_code != job.EXIT_DUPLICATE:  # a second start that stood back says nothing of the first
         if seen.exit_code in NO_PYTHON:
-            return _over(task, attempt, now, NO_PYTHON[seen.exit_code])
+            reason = NO_PYTHON[seen.exit_code]
+            last = _is_last(task, policy)
+            return (
+                _over(task, attempt, now, reason) if last else _again(task, attempt, now, reason, pause=policy.backoff)
+            )
         if seen.exit_code in NEVER_STARTED and not _has_started(task, seen):
             reason = f"The runner could not start (exit code {seen.exit_code})."
             return _over(task, attempt, now, reason) if _is_last(task, policy) else _again(task, attempt, now, reason)
@@ -405,8 +429,9 @@ def _finish(
 def give_up(task: Task, now: float, reason: str, *, attempt: Attempt | None = None) -> Change:
     """End the task as SYSTEM_ERROR for `reason`, a sentence. What may be left at the site is cleaned up after."""
     attempt = attempt or task.attempt
-    if attempt is None:
-        return _change(task, TesState.SYSTEM_ERROR, due_at=None, system=(reason,))
+    if attempt is None or attempt.withdrawn:
+        due_at = now if task.tries else None
+        return _change(task, TesState.SYSTEM_ERROR, due_at=due_at, system=(reason,))
     return _finish(task, TesState.SYSTEM_ERROR, attempt, now, system=(reason,), abandoned=True)
 
 

@@ -50,5 +50,5 @@ def _tell(task: Task, change: Change) -> None:
     reason = f": {change.system[0]}" if change.system else ""
     if task.final:
         log.info("Task %s is %s (%s)%s", task.id, task.state, site, reason)
-    elif change.state is TesState.QUEUED:
+    elif change.state is TesState.QUEUED and not (change.attempt is not None and change.attempt.withdrawn):
         log.info("Task %s is tried again after attempt %d (%s)%s", task.id, len(task.attempts), site, reason)

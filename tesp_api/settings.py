@@ -3,6 +3,7 @@
 Sections of the file are profiles; `FASTAPI_PROFILE` lays one over `default`. `TESP_...` variables lie over both
 (`TESP_SERVER__PORT=8081`, two underscores for a dot), `CONTAINER_TYPE` over `container.runtime`. A key that is not
 known or a value that is not right stops the start with one line that names it, and the variable it came from.
+A text `env:NAME` stands for the variable NAME, so that secrets need not be in the file.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dynaconf.utils.parse_conf import parse_conf_data
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tesp_api.errors import SettingsError
+from tesp_api.parameters import QUEUE
 
 NOT_SETTINGS = frozenset({"settings_file", "require_services"})
 """TESP_ variables that mean something else."""
@@ -120,6 +122,7 @@ def _public(text: str) -> str:
 WebUrl = Annotated[str, AfterValidator(_web)]
 OptionalWebUrl = Annotated[str, AfterValidator(_web_or_nothing)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_one_as_list)]
+Queue = Annotated[str, Field(pattern=QUEUE)]
 
 
 class Section(BaseModel):
@@ -184,6 +187,7 @@ class SiteKeys(Section):
     max_jobs: int = Field(default=0, ge=0)
     cpus: float = Field(default=0.0, ge=0)
     ram_gb: float = Field(default=0.0, ge=0)
+    disk_gb: float = Field(default=0.0, ge=0)
     file_roots: Annotated[tuple[FileRootSettings, ...], BeforeValidator(_roots)] = ()
     runtime: Literal["", "auto", "docker", "bubblewrap", "host"] = ""
     status: Status = Status()
@@ -199,6 +203,8 @@ class Pulsar(SiteKeys):
     private_token: str = ""
     manager: str = ""
     client_timeout: float = Field(default=30.0, gt=0)
+    batch: bool = False
+    queues: Annotated[tuple[Queue, ...], BeforeValidator(_one_as_list)] = ()
 
 
 class Embedded(SiteKeys):
@@ -213,6 +219,9 @@ class SiteSettings(Pulsar):
     relay_user: str = ""
     relay_password: str = Field(default="", repr=False)
     relay_topic_prefix: str = Field(default="", pattern="^[A-Za-z0-9_-]{0,64}$")
+    zones: Texts = ()
+    labels: dict[str, str] = {}
+    preemptible: bool = False
 
     @property
     def relay_account(self) -> str:
@@ -360,6 +369,7 @@ def load(
         path = tuple(key.split("."))
         _put(values, path, value)
         origins.pop(path, None)
+    values = _with_variables(values, environ, origins)
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
@@ -518,6 +528,20 @@ def _value(name: str, text: str) -> Any:
         return _plain(parse_conf_data(text, tomlfy=True))
     except Exception:  # as with files; without the text, which may be a secret
         raise SettingsError(f"settings: the value of {name} cannot be read") from None
+
+
+def _with_variables(value: Any, environ: Mapping[str, str], origins: Origins, at: tuple[int | str, ...] = ()) -> Any:
+    """`value` with each text `env:NAME` in it replaced by that variable's text."""
+    if isinstance(value, dict):
+        return {key: _with_variables(each, environ, origins, (*at, key)) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_variables(each, environ, origins, (*at, index)) for index, each in enumerate(value)]
+    if not isinstance(value, str) or not (named := re.fullmatch(r"env:([A-Za-z_][A-Za-z0-9_]*)", value)):
+        return value
+    if text := environ.get(named.group(1)):
+        return text
+    key = ".".join(str(part) for part in at)
+    raise SettingsError(f"settings: {key}: the variable {named.group(1)} is not set, or empty{_from(at, origins)}")
 
 
 def _words(error: ValidationError, origins: Origins) -> str:

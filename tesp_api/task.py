@@ -67,7 +67,8 @@ class Attempt:
     the same `job_id`. `heard` is when the job last showed that it is alive, `beat` the count that it showed then.
     `looks` counts the looks at it since its last step. `cancels` counts our requests to stop, the first at
     `cancel_sent`. `ended` is when we saw it over, or gave it up; `abandoned` says the latter: something of it may still
-    run. `forgotten`: nothing of it is left at the site.
+    run. `forgotten`: nothing of it is left at the site. `withdrawn`: its site never heard of it, so that it is no
+    attempt at all: the next one takes its place, and nobody is shown it.
     `tokens`: hashes of what the job may name itself with when it reports, one for each of the latest submits;
     `reported` is when a report was last noted here.
     `log` is TES's, without the texts that `Task.bodies` holds.
@@ -88,6 +89,7 @@ class Attempt:
     forgotten: bool = False
     tokens: tuple[str, ...] = ()
     reported: float | None = None
+    withdrawn: bool = False
     log: TesTaskLog = field(default_factory=lambda: TesTaskLog(logs=[], outputs=[]))
 
 
@@ -149,6 +151,11 @@ class Task:
     def attempt(self) -> Attempt | None:
         """The latest attempt."""
         return self.attempts[-1] if self.attempts else None
+
+    @property
+    def tries(self) -> tuple[Attempt, ...]:
+        """The attempts that count: all but a withdrawn one, which can only be the last."""
+        return self.attempts[:-1] if self.attempts and self.attempts[-1].withdrawn else self.attempts
 
     @property
     def final(self) -> bool:

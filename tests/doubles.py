@@ -68,6 +68,7 @@ class SiteDouble:
         self.lose_answers = False
         self.lost: set[str] = set()
         self.gate: asyncio.Event | None = None
+        self.checks = 0
         self.most = 0
         self.most_cpus = 0.0
 
@@ -119,6 +120,12 @@ class SiteDouble:
         self.jobs.pop(job_id, None)
         self.forgotten.append(job_id)
         return True
+
+    async def check(self) -> str:
+        self.checks += 1
+        if (error := self.trouble("check", "")) is not None:
+            raise error
+        return "1.0"
 
     async def __aenter__(self) -> Self:
         return self

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from tesp_api.api import sites
 from tesp_api.api.routes import Methods
 from tesp_api.api.service_info import ServiceDescription, ServiceInfo
+from tesp_api.api.sites import Sites
 from tesp_api.api.tasks import Access, Api, Tasks, everyone
 
 PREFIXES = ("/ga4gh/tes/v1", "/v1")
@@ -28,4 +30,11 @@ def router(api: Api) -> APIRouter:
     return routes
 
 
-__all__ = ["PREFIXES", "Access", "Api", "ServiceDescription", "everyone", "router"]
+def extensions(api: Api) -> APIRouter:
+    """What is ours and not TES's, with whole paths."""
+    routes = APIRouter()
+    Methods(GET=Sites(api).list).add_to(routes, sites.PATH)
+    return routes
+
+
+__all__ = ["PREFIXES", "Access", "Api", "ServiceDescription", "everyone", "extensions", "router"]

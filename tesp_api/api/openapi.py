@@ -20,6 +20,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from tesp_api import tes
+from tesp_api.api import sites
 from tesp_api.api.tasks import MAX_PAGE_SIZE, PAGE_SIZE
 from tesp_api.api.views import Document
 
@@ -107,8 +108,13 @@ def openapi(app: FastAPI) -> Document:
         path["servers"] = [{"url": "/"}]
     document["servers"] = [{"url": "/ga4gh/tes/v1"}, {"url": "/v1"}]
     document["paths"] = {**_paths(), **document["paths"]}
+    ours = any(getattr(route, "path", None) == sites.PATH for route in app.routes)
+    if ours:
+        document["paths"][sites.PATH] = {"get": sites.OPERATION, "servers": [{"url": "/"}]}
     components = document.setdefault("components", {})
     components["schemas"] = {**_schemas(), **components.get("schemas", {})}
+    if ours:
+        components["schemas"]["site"] = sites.SCHEMA
     components["parameters"] = {**components.get("parameters", {}), "view": _VIEW}
     app.openapi_schema = document
     return document

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
 from starlette.datastructures import QueryParams
@@ -23,9 +23,11 @@ from tesp_api.api.repeats import Creates, body_digest, read_key
 from tesp_api.api.service_info import ServiceDescription
 from tesp_api.api.views import Document, Json, show
 from tesp_api.errors import Detail, InvalidRequest, StoreUnavailable, TaskNotFound
+from tesp_api.parameters import Offers, accept
+from tesp_api.sites import SiteFacts
 from tesp_api.store import Query, TaskStore
 from tesp_api.task import Task, new_task
-from tesp_api.tes import TesState, TesView, drop_unsupported, read_task, refusal
+from tesp_api.tes import TesState, TesView, read_task, refusal
 
 PAGE_SIZE: Final = 256
 MAX_PAGE_SIZE: Final = 2047
@@ -60,6 +62,7 @@ class Api:
 
     `access` looks at the credentials of a request; it raises what should be answered instead. `fold_canceling` shows
     CANCELING as RUNNING, `fold_attempts` only the last attempt. `max_body` is the limit for a request in bytes.
+    `offers` says which backend parameters the sites honour, `sites` what else is to be shown of them.
     `creates` belongs to the same store; who runs a service gives it, to run its `noting` as well.
     """
 
@@ -70,6 +73,8 @@ class Api:
     fold_attempts: bool = False
     max_body: int = MAX_BODY
     creates: Creates | None = None
+    offers: Offers = field(default_factory=dict)
+    sites: Sequence[SiteFacts] = ()
     clock: Callable[[], float] = time.time
 
 
@@ -101,7 +106,7 @@ class Tasks:
         return Json({"id": task_id})
 
     def _accept(self, body: bytes, owner: str) -> tuple[Task, str]:
-        spec, lines = drop_unsupported(read_task(body), self._api.service.backend_parameters)
+        spec, lines = accept(read_task(body), self._api.offers)
         task = _with_lines(new_task(spec, owner=owner, now=self._api.clock()), lines)
         return task, body_digest(owner, body)
 

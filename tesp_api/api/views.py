@@ -36,7 +36,7 @@ def show(task: Task, view: TesView, *, fold_canceling: bool = False, fold_attemp
         return document
     document.update(from_json(task.document))
     document["creation_time"] = rfc3339(task.created)
-    attempts = task.attempts[-1:] if fold_attempts else task.attempts
+    attempts = task.tries[-1:] if fold_attempts else task.tries
     if view is TesView.BASIC:
         logs = [_basic_log(attempt) for attempt in attempts]
     else:

@@ -12,7 +12,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve.serve)
 app.command("migrate")(migrate.migrate)
-for command in (client.run, client.get, client.list_tasks, client.wait, client.logs, client.cancel):
+for command in (client.run, client.get, client.list_tasks, client.wait, client.logs, client.cancel, client.sites):
     app.command(command.__name__.removesuffix("_tasks"))(command)
 
 

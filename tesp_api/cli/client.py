@@ -1,4 +1,4 @@
-"""`tesp run|get|list|wait|logs|cancel`: a small client for any TES 1.1 server."""
+"""`tesp run|get|list|wait|logs|cancel`: a small client for any TES 1.1 server; `tesp sites` for ours alone."""
 
 from __future__ import annotations
 
@@ -105,6 +105,32 @@ def cancel(task_id: TaskId, url: Url = HERE) -> None:
     _call("POST", url, f"/tasks/{task_id}:cancel")
 
 
+def sites(url: Url = HERE) -> None:
+    """Print the sites of the service: how they are, and what they carry."""
+    base = url.rstrip("/").removesuffix("/v1").removesuffix("/ga4gh/tes")
+    rows = [("NAME", "CARRIER", "HEALTH", "VERSION", "JOBS", "CPUS", "RAM_GB", "LAST ERROR")]
+    for site in _request("GET", base + "/tesp/v1/sites")["sites"]:
+        load, capacity, error = site["load"], site["capacity"], site.get("last_error")
+        used = (
+            _of(load["jobs"], capacity.get("max_jobs")),
+            _of(load["cpus"], capacity.get("cpus")),
+            _of(load["ram_gb"], capacity.get("ram_gb")),
+        )
+        said = f"{error['time'][:19]} {_printable(error['message'])}" if error else ""
+        rows.append((site["name"], site["carrier"], site["health"], site.get("version", ""), *used, said))
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    for row in rows:
+        typer.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _printable(text: str) -> str:
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
+def _of(used: float, limit: float | None) -> str:
+    return f"{used:g}" if limit is None else f"{used:g}/{limit:g}"
+
+
 def _wait(url: str, task_id: str) -> str:
     last, pause = "", 0.1
     while True:
@@ -184,10 +210,14 @@ def _call(method: str, url: str, path: str, **more: Any) -> Any:
     base = url.rstrip("/")
     if not base.endswith("/v1"):
         base += "/ga4gh/tes/v1"
+    return _request(method, base + path, **more)
+
+
+def _request(method: str, url: str, **more: Any) -> Any:
     try:
-        answer = httpx.request(method, base + path, timeout=60, headers={"Content-Type": "application/json"}, **more)
+        answer = httpx.request(method, url, timeout=60, headers={"Content-Type": "application/json"}, **more)
     except httpx.HTTPError as error:
-        typer.echo(f"{base}: {error}", err=True)
+        typer.echo(f"{url}: {error}", err=True)
         raise typer.Exit(2) from None
     if answer.is_success:
         return answer.json()

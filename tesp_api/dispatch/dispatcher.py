@@ -11,11 +11,22 @@ from dataclasses import replace
 
 from tesp_api import lifecycle
 from tesp_api.dispatch import place
-from tesp_api.dispatch.news import SiteNews
+from tesp_api.dispatch.health import Health
+from tesp_api.dispatch.lanes import BATCH, MOST, Lanes, Waits
+from tesp_api.dispatch.place import Choice
 from tesp_api.dispatch.plan import plan
 from tesp_api.dispatch.right import Right
-from tesp_api.errors import PlanError, RightLost, SiteRefused, SiteUnavailable, StoreUnavailable
+from tesp_api.errors import (
+    PlanError,
+    RightLost,
+    SiteClosed,
+    SiteError,
+    SiteRefused,
+    SiteUnavailable,
+    StoreUnavailable,
+)
 from tesp_api.lifecycle import Policy
+from tesp_api.parameters import lane as lane_of
 from tesp_api.record import record
 from tesp_api.runner.job import Plan, ReportTo
 from tesp_api.sites import Site, SiteFacts
@@ -25,15 +36,13 @@ from tesp_api.tes import TesState, TesView
 
 log = logging.getLogger(__name__)
 
-BATCH = 64
-"""Tasks taken in one round, so that the lease is long enough for all of them."""
-
-FULL_FOR = 1.0
-"""Seconds for which tasks that found no room are let alone, unless something has ended."""
-
 
 class Dispatcher:
-    """Sends due QUEUED tasks to sites with room."""
+    """Sends due QUEUED tasks to sites with room.
+
+    A lane is what tasks with the same wishes share. Once a task has found no room, the lane is passed over until the
+    loads or the sites have changed, so that it holds up no other.
+    """
 
     name = "dispatcher"
 
@@ -43,7 +52,7 @@ class Dispatcher:
         sites: Mapping[str, Site],
         policies: Mapping[str, Policy],
         clock: Callable[[], float] = time.time,
-        news: SiteNews | None = None,
+        health: Health | None = None,
         take_over: float = 5.0,
     ) -> None:
         self._store = store
@@ -53,10 +62,10 @@ class Dispatcher:
         self._lease = min((policy.lease for policy in policies.values()), default=Policy().lease)
         self._submitting: set[asyncio.Task[None]] = set()
         self._tokens: dict[str, str] = {}  # of jobs about to be submitted for the first time
-        self._blocked = False
         self._clock = clock
-        self._news = news or SiteNews()
-        self._full: tuple[Mapping[str, Load], float] | None = None
+        self._health = health or Health(sites, clock)
+        self._queue = Lanes()
+        self._waits = Waits(store)
         # Where nothing is limited nothing is counted, and all processes may place at once.
         limited = any((facts.max_jobs, facts.cpus, facts.ram_gb) != (None, None, None) for facts in self._facts)
         self._right = Right(store, "place", take_over) if limited else None
@@ -67,7 +76,8 @@ class Dispatcher:
         """Take what is due and fits, and start its submits; how many were assigned."""
         due_at = await self._store.next_due(queued=True)
         if due_at is None or due_at > self._clock():
-            self._blocked = self._elsewhere = False
+            self._queue.clear()
+            self._elsewhere = False
             return 0
         if self._right is not None:
             self._before = await self._right.until()
@@ -82,34 +92,42 @@ class Dispatcher:
             return 0
 
     async def _place(self) -> int:
-        loads = dict(await self._store.loads())
-        room = sum(place.room(facts, loads.get(facts.name, Load())) for facts in self._facts)
-        now = self._clock()
-        self._blocked = room == 0 or self._is_still_full(loads, now)
-        if self._blocked:
-            return 0
-        before = dict(loads)
-        tasks = await self._store.take_due(queued=True, now=now, lease=self._lease, limit=min(room, BATCH))
-        assigned = 0
-        for task in tasks:
-            assigned += await self._assign_safely(task, loads)
-        self._full = (before, now) if self._blocked and not assigned else None
+        """Rounds, each without the lanes that found no room in those before."""
+        loads, now = dict(await self._store.loads()), self._clock()
+        self._queue.look((loads, self._health.changes), now)
+        looked_at = assigned = 0
+        while looked_at < MOST and (limit := self._queue.limit(self._room(loads))):
+            skip = self._queue.passed_over()
+            if skip and not self._is_due(await self._store.next_due(queued=True, skip=skip)):
+                break  # to take nothing is still a write
+            tasks = await self._store.take_due(queued=True, now=now, lease=self._lease, limit=limit, skip=skip)
+            for task in tasks:
+                assigned += await self._assign_safely(task, loads)
+            looked_at += len(tasks)
+            if len(tasks) < limit or (not self._queue.went(len(skip)) and looked_at >= BATCH):
+                break
+        self._queue.looked((loads, self._health.changes), self._room(loads))
         return assigned
 
-    def _is_still_full(self, loads: Mapping[str, Load], now: float) -> bool:
-        """Whether the last round found no room for anything and nothing has changed: putting tasks back rings the
-        bell too, and must not start the next round."""
-        return self._full is not None and self._full[0] == loads and 0 <= now - self._full[1] < FULL_FOR
+    def _room(self, loads: Mapping[str, Load]) -> int:
+        """How many jobs the sites that take any may still hold."""
+        takers = [facts for facts in self._facts if self._health.takes(facts.name)]
+        return sum(place.room(facts, loads.get(facts.name, Load())) for facts in takers)
+
+    def _is_due(self, due_at: float | None) -> bool:
+        return due_at is not None and due_at <= self._clock()
 
     def wakes_on(self) -> Ring:
         """New tasks, but only room when there is none: a burst of creates must not cost a look each."""
         if self._elsewhere:
             return Ring(0)
-        return Ring.ROOM if self._blocked else Ring.QUEUED | Ring.ROOM
+        return Ring.ROOM if self._queue.full else Ring.QUEUED | Ring.ROOM
 
     async def next_due(self) -> float | None:
-        """The oldest waiting task, unless all sites are full: then the end of another task rings the bell."""
-        return None if self._blocked or self._elsewhere else await self._store.next_due(queued=True)
+        """The oldest task that may find room, unless all sites are full: then the end of another rings the bell."""
+        if self._queue.full or self._elsewhere:
+            return None
+        return await self._store.next_due(queued=True, skip=self._queue.passed_over())
 
     async def drain(self) -> None:
         """Wait for the submits under way, and let others place."""
@@ -131,17 +149,19 @@ class Dispatcher:
             return False
 
     async def _assign(self, task: Task, loads: dict[str, Load]) -> bool:
-        now = self._clock()
-        facts, reason = place.choose(self._facts, loads, task.spec.resources)
-        if facts is None and reason:
-            await record(self._store, task, lambda task: _misfit(task, now, reason))
+        now, lane = self._clock(), lane_of(task.spec)
+        need = place.need_of(task.spec)
+        choice = place.choose(self._facts, loads, need, self._health.takes)
+        if choice.site is None and choice.reason:
+            await record(self._store, task, lambda task: _misfit(task, now, choice.reason))
             return False
-        if facts is None:
-            self._blocked = True
-            await record(self._store, task, lambda task: _later(task, now))
+        if choice.site is None:
+            self._queue.block(lane)
+            line = await self._waits.line(task, choice, self._health.why, now)
+            await record(self._store, task, lambda task: _later(task, now, line))
             return False
-        name, policy = facts.name, self._policies[facts.name]
-        token = secrets.token_urlsafe(32) if facts.report_url else ""
+        name, policy = choice.site.name, self._policies[choice.site.name]
+        token = secrets.token_urlsafe(32) if choice.site.report_url else ""
         hashed = token_hash(token) if token else ""
         taken = await record(
             self._store, task, lambda task: lifecycle.assign(task, name, now, policy, token=hashed), before=self._before
@@ -150,8 +170,9 @@ class Dispatcher:
             return False
         if token and taken.attempt is not None:
             self._tokens[taken.attempt.job_id] = token
-        loads[name] = place.with_one_more(loads.get(name, Load()), task.spec.resources)
-        under_way = asyncio.create_task(self.submit(taken), name=f"submit {task.id}")
+        loads[name] = place.with_one_more(loads.get(name, Load()), need)
+        self._health.sends(name)
+        under_way = asyncio.create_task(self.submit(taken, fresh=True), name=f"submit {task.id}")
         self._submitting.add(under_way)
         under_way.add_done_callback(self._submitted)
         return True
@@ -162,8 +183,11 @@ class Dispatcher:
             # The lease brings the task back; nothing is lost.
             log.error("%s failed", under_way.get_name(), exc_info=error)
 
-    async def submit(self, task: Task) -> None:
-        """Submit the current attempt and note the answer. May be repeated: the job id stays the same."""
+    async def submit(self, task: Task, *, fresh: bool = False) -> None:
+        """Submit the current attempt and note the answer. May be repeated: the job id stays the same.
+
+        `fresh`: it was assigned just now, so nobody else can have sent it yet.
+        """
         attempt = task.attempt
         assert attempt is not None, "an assigned task has an attempt"
         policy = self._policies[attempt.site]
@@ -172,14 +196,16 @@ class Dispatcher:
                 await self._submit(task, attempt, policy)
             finally:
                 self._tokens.pop(attempt.job_id, None)
-        except SiteUnavailable as error:
+        except _TooLate as error:  # no fault of the site
             reason = str(error)
-            self._news.silent(attempt.site, reason)
             await self._noted(task, attempt, lambda task: _unsure(task, attempt, self._clock(), reason, policy))
+        except (SiteUnavailable, SiteClosed) as error:
+            await self._not_heard(task, attempt, error, policy, fresh=fresh)
         except (PlanError, SiteRefused) as error:
             reason = str(error)
             if isinstance(error, SiteRefused):
                 log.warning("The site %r refused job %s: %s", attempt.site, attempt.job_id, reason)
+                self._health.answers(attempt.site)
             await record(self._store, task, lambda task: lifecycle.refused(task, attempt.number, self._clock(), reason))
         except StoreUnavailable:
             raise
@@ -189,8 +215,28 @@ class Dispatcher:
             await self._noted(task, attempt, lambda task: _unsure(task, attempt, self._clock(), reason, policy))
         else:
             now = self._clock()
-            self._news.answers(attempt.site)
+            self._health.took(attempt.site)
             await self._noted(task, attempt, lambda task: lifecycle.confirmed(task, attempt.number, now, policy))
+
+    async def _not_heard(self, task: Task, attempt: Attempt, error: SiteError, policy: Policy, *, fresh: bool) -> None:
+        """The site failed, not the task. It goes back into the queue if it has surely not left us."""
+        reason = str(error)
+        if isinstance(error, SiteClosed):
+            self._health.refused(attempt.site, reason)
+            unsent = True
+        else:
+            self._health.silent(attempt.site, reason)
+            unsent = isinstance(error, SiteUnavailable) and error.unsent
+        if fresh and unsent:
+            line = await self._waits.line(task, Choice(down=(attempt.site,)), lambda site: reason, self._clock())
+            back = await record(
+                self._store,
+                task,
+                lambda current: lifecycle.unassign(current, task, self._clock(), *([line] if line else [])),
+            )
+            if back is not None:
+                return
+        await self._noted(task, attempt, lambda task: _unsure(task, attempt, self._clock(), reason, policy))
 
     async def _noted(self, task: Task, attempt: Attempt, decide: Callable[[Task], lifecycle.Change | None]) -> None:
         """Note what became of a submit. A process that slept through its lease in the middle of it finds that the task
@@ -224,7 +270,7 @@ class Dispatcher:
         # A process that slept through its lease must not submit: another may have ended the task meanwhile.
         left = (task.due_at or 0.0) - 0.2 * policy.lease - self._clock()
         if left <= 0:
-            raise SiteUnavailable("The lease ran out before the job was submitted.")
+            raise _TooLate("The lease ran out before the job was submitted.")
         try:
             async with asyncio.timeout(left):
                 await site.submit(document)
@@ -264,6 +310,10 @@ class Dispatcher:
         return None
 
 
+class _TooLate(Exception):
+    """We were too slow; the task is not ours any more."""
+
+
 def _planned(task: Task, facts: SiteFacts) -> Plan:
     """The plan; a mistake of ours in making it will not go away, so it is no reason to try again."""
     try:
@@ -279,9 +329,9 @@ def _misfit(task: Task, now: float, reason: str) -> lifecycle.Change | None:
     return lifecycle.give_up(task, now, reason) if task.state is TesState.QUEUED else None
 
 
-def _later(task: Task, now: float) -> lifecycle.Change | None:
+def _later(task: Task, now: float, line: str) -> lifecycle.Change | None:
     """Put a task that found no room back at its place in the queue."""
-    return lifecycle.wait(task, now, "", pause=task.created - now) if task.state is TesState.QUEUED else None
+    return lifecycle.hold(task, now, line)
 
 
 def _unsure(task: Task, attempt: Attempt, now: float, reason: str, policy: Policy) -> lifecycle.Change | None:

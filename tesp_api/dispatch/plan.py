@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from urllib.parse import unquote
 
 from tesp_api.errors import PlanError
+from tesp_api.parameters import read_wishes
 from tesp_api.runner import job
 from tesp_api.sites import SiteFacts
 from tesp_api.task import Attempt, Task
@@ -48,6 +49,7 @@ def plan(task: Task, facts: SiteFacts) -> job.Plan:
     live = _live_inputs(spec, contents, facts)
     directories = _directories(spec, live)
     resources = spec.resources
+    wishes = read_wishes(resources)
     return job.Plan(
         job_id=attempt.job_id,
         task_id=task.id,
@@ -82,6 +84,8 @@ def plan(task: Task, facts: SiteFacts) -> job.Plan:
         file_roots=list(facts.file_roots),
         log_bytes=facts.log_bytes,
         directories=_inner_directories(spec, directories, live),
+        time_limit=wishes.time_limit if facts.batch else None,
+        queue=wishes.queue if facts.batch else None,
     )
 
 

@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 
 from tesp_api import lifecycle
-from tesp_api.dispatch.news import SiteNews
-from tesp_api.errors import SiteError, StoreUnavailable
+from tesp_api.dispatch.health import Health
+from tesp_api.errors import SiteClosed, SiteError, StoreUnavailable
 from tesp_api.lifecycle import Policy
 from tesp_api.record import record, record_tail
 from tesp_api.sites import Site
@@ -48,7 +48,7 @@ class Poller:
         policies: Mapping[str, Policy],
         submit: Submit,
         clock: Callable[[], float] = time.time,
-        news: SiteNews | None = None,
+        health: Health | None = None,
     ) -> None:
         self._store = store
         self._sites = sites
@@ -56,7 +56,7 @@ class Poller:
         self._lease = min((policy.lease for policy in policies.values()), default=Policy().lease)
         self._submit = submit
         self._clock = clock
-        self._news = news or SiteNews()
+        self._health = health or Health(sites, clock)
         self._at_work: set[asyncio.Task[None]] = set()
         self._cleaning: set[str] = set()  # tasks of whose earlier attempts something is being removed
         self._stopping: dict[str, asyncio.Task[None]] = {}  # cancels under way, by job id
@@ -140,7 +140,7 @@ class Poller:
                 seen = {each.job_id: each for each in await site.observe(list(by_job))}
         except (SiteError, TimeoutError) as error:
             reason = str(error) or "It did not answer in time."
-            self._news.silent(site.facts.name, reason)
+            self._tell(site.facts.name, error)
             for task in by_job.values():
                 await self._be_patient(task, reason, policy)
             return
@@ -152,12 +152,19 @@ class Poller:
             for task in tasks:  # one job must not harm the others
                 await self._observe(site, [task], policy)
             return
-        self._news.answers(site.facts.name)
+        self._health.answers(site.facts.name)
         notes = (
             self._note_safely(task, seen.get(job_id) or Observation(job_id=job_id, phase=Phase.UNKNOWN), policy)
             for job_id, task in by_job.items()
         )
         await asyncio.gather(*notes)
+
+    def _tell(self, name: str, error: Exception) -> None:
+        """A site that could not be asked may still take jobs, but not if that goes on, or if it does not let us in."""
+        if isinstance(error, SiteClosed):
+            self._health.refused(name, str(error))
+        else:
+            self._health.silent(name, str(error) or "It did not answer in time.")
 
     async def _be_patient(self, task: Task, reason: str, policy: Policy) -> None:
         await record(self._store, task, lambda task: _silent(task, self._clock(), reason, policy))
@@ -212,6 +219,8 @@ class Poller:
             await self._submit(task)  # the submit was lost, or we were killed before it
             return
         await record_tail(self._store, task, seen)
+        if attempt is not None and seen.result is None and seen.exit_code in lifecycle.NO_PYTHON:
+            self._health.refused(attempt.site, lifecycle.NO_PYTHON[seen.exit_code])
         now = self._clock()
         await record(
             self._store,

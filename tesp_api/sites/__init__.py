@@ -6,7 +6,7 @@ states. Every call may be repeated: a crash between a call and the note of it is
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
@@ -19,7 +19,9 @@ from tesp_api.task import Observation
 class SiteFacts:
     """What the dispatcher must know of a site to choose it and to plan for it.
 
-    `batch`: it honours a time limit and a queue.
+    `carrier` says how it is reached, for readers only. `cpus` and `ram_gb` limit what our tasks ask for together,
+    `disk_gb` what one of them does. `preemptible`: its jobs may be taken off at any time. `batch`: it honours a time
+    limit and a queue, which must be one of `queues` where there are any. Keys of `labels` are in lower case.
     `max_jobs` is how many of our jobs it may hold at once (Pulsar itself does not limit that); None is no limit.
     `patience` is how long, in seconds, a job or the whole site may be silent before it is given up; `poll_interval`
     is the longest pause, in seconds, between two looks at a job, `first_look` the shortest one; a site that tells by
@@ -28,10 +30,16 @@ class SiteFacts:
     """
 
     name: str
+    carrier: str = "local"
     max_jobs: int | None = None
     cpus: float | None = None
     ram_gb: float | None = None
+    disk_gb: float | None = None
+    zones: frozenset[str] = frozenset()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    preemptible: bool = False
     batch: bool = False
+    queues: tuple[str, ...] = ()
     file_roots: tuple[FileRoot, ...] = ()
     runtime: Runtime = field(default_factory=Runtime)
     log_bytes: int = 131072
@@ -50,7 +58,8 @@ class Site(Protocol):
     async def submit(self, plan: Plan) -> None:
         """Make the site run `plan` once, however often this is called for its `job_id`, also at the same time.
 
-        SiteUnavailable: it may or may not have begun; call again. SiteRefused: it has not and will not.
+        SiteUnavailable: it may or may not have begun; call again. SiteRefused: it has not and will not; SiteClosed:
+        nor will any other job.
         """
 
     async def observe(self, job_ids: Sequence[str]) -> Sequence[Observation]:
@@ -67,6 +76,9 @@ class Site(Protocol):
 
         With `force` it is removed all the same. Unknown jobs are no error.
         """
+
+    async def check(self) -> str:
+        """Ask whether it is there and lets us in; its version, empty where it does not tell. Raises SiteError."""
 
     async def __aenter__(self) -> Self: ...
 

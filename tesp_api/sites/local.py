@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from tesp_api import __version__
 from tesp_api.errors import SiteRefused, SiteUnavailable
 from tesp_api.runner import job
 from tesp_api.runner.bundle import FILE_NAME, Bundle, command, pseudo_job
@@ -164,6 +165,10 @@ class LocalSite:
             return int((self._root(job_id) / "return_code").read_bytes())
         except (OSError, ValueError):
             return None
+
+    async def check(self) -> str:
+        """See Site. It is this very machine."""
+        return __version__
 
     # Cancel and forget
 

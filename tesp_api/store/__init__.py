@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Flag, auto
@@ -183,18 +183,26 @@ class TaskStore(Protocol):
         It need not survive a crash, and is gone when the task leaves the active states.
         """
 
-    async def take_due(self, *, queued: bool, now: float, lease: float, limit: int) -> list[Task]:
+    async def take_due(
+        self, *, queued: bool, now: float, lease: float, limit: int, skip: Collection[str] = ()
+    ) -> list[Task]:
         """Take at most `limit` tasks whose `due_at` is not after `now`, the longest due first, bodies not loaded.
 
         `queued` takes those in QUEUED, else all others. Their `due_at` becomes `now + lease` and their version grows,
-        so that no other process takes them meanwhile.
+        so that no other process takes them meanwhile. Those QUEUED in one of the lanes `skip` are passed over.
         """
 
-    async def next_due(self, *, queued: bool) -> float | None:
+    async def next_due(self, *, queued: bool, skip: Collection[str] = ()) -> float | None:
         """The earliest `due_at` of those that `take_due` would look at, or None."""
 
     async def loads(self) -> Mapping[str, Load]:
         """What the active tasks ask for, by site; sites without any are left out."""
+
+    async def report(self, site: str, at: float, text: str) -> None:
+        """Keep what a process has to say of a site at that time, instead of what was said before."""
+
+    async def reports(self) -> Mapping[str, tuple[float, str]]:
+        """What was reported last of each site, and when."""
 
     async def hold(self, right: str, holder: str, seconds: float) -> float | None:
         """Take a right, or keep it, for `seconds` from now: until when, by the store's time. None: another has it.

@@ -1,8 +1,8 @@
 """The shared store: MongoDB 5 or newer, for any number of service processes on any number of machines.
 
-Six collections. `task` has one small record for each task. `text` has what is long (input contents, streams, system
+Seven collections. `task` has one small record for each task. `text` has what is long (input contents, streams, system
 lines, and documents or logs beyond INLINE), in pieces that are far below MongoDB's 16 MB. `right` has what `hold`
-gives. `tail` has what running tasks have said so far. `box` and `letter` belong to
+gives, `site` what is reported of sites. `tail` has what running tasks have said so far. `box` and `letter` belong to
 the mailbox.
 
 MongoDB changes one record at a time, and a plain server has no transactions. So a change that brings texts writes
@@ -21,7 +21,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -43,6 +43,7 @@ from pymongo.uri_parser import parse_uri
 
 from tesp_api.errors import MailboxFull, RightLost, SettingsError, StoreUnavailable, StoreUnusable
 from tesp_api.lifecycle import KEEP, Change
+from tesp_api.parameters import lane
 from tesp_api.store import FEW, HEADS, SAMPLE, STALE, Bell, Load, Once, Page, Query, Repeat, Ring, beyond, ring_for
 from tesp_api.store.codec import (
     SYSTEM,
@@ -108,7 +109,7 @@ DOCUMENT, ATTEMPT = "document", "attempt"
 
 INDEXES: Final = (
     IndexModel(
-        [("queued", ASCENDING), ("due_at", ASCENDING), ("_id", ASCENDING)],
+        [("queued", ASCENDING), ("due_at", ASCENDING), ("lane", ASCENDING), ("_id", ASCENDING)],
         name="due",
         partialFilterExpression={"due_at": {"$exists": True}},
     ),
@@ -234,12 +235,14 @@ class MongoStore:
 
         await self.call(put)
 
-    async def take_due(self, *, queued: bool, now: float, lease: float, limit: int) -> list[Task]:
-        return await self.call(lambda: self._take_due(queued, now, lease, limit)) if limit else []
+    async def take_due(
+        self, *, queued: bool, now: float, lease: float, limit: int, skip: Collection[str] = ()
+    ) -> list[Task]:
+        return await self.call(lambda: self._take_due(queued, now, lease, limit, skip)) if limit else []
 
-    async def next_due(self, *, queued: bool) -> float | None:
+    async def next_due(self, *, queued: bool, skip: Collection[str] = ()) -> float | None:
         async def find() -> float | None:
-            condition = {"queued": queued, "due_at": {"$exists": True}}
+            condition = {"queued": queued, "due_at": {"$exists": True}, **_outside(skip)}
             record = await self._tasks.find_one(
                 condition, {"due_at": 1, "_id": 0}, sort=[("due_at", ASCENDING)], hint="due"
             )
@@ -249,6 +252,16 @@ class MongoStore:
 
     async def loads(self) -> Mapping[str, Load]:
         return await self.call(self._loads)
+
+    async def report(self, site: str, at: float, text: str) -> None:
+        await self.call(lambda: self._sites.update_one({"_id": site}, {"$set": {"at": at, "text": text}}, upsert=True))
+
+    async def reports(self) -> Mapping[str, tuple[float, str]]:
+        async def find() -> Mapping[str, tuple[float, str]]:
+            records = await self._sites.find({"_id": {"$gt": ""}}).hint("_id_").to_list(None)
+            return {record["_id"]: (record["at"], record["text"]) for record in records}
+
+        return await self.call(find)
 
     async def hold(self, right: str, holder: str, seconds: float) -> float | None:
         return await self.call(lambda: self._hold(right, holder, seconds))
@@ -359,6 +372,11 @@ class MongoStore:
     def _tails(self) -> Any:
         """No harm is done when one is lost."""
         return self.collection("tail").with_options(write_concern=WriteConcern(1), read_concern=ReadConcern("local"))
+
+    @property
+    def _sites(self) -> Any:
+        """A report that is lost is made again soon."""
+        return self.collection("site").with_options(read_concern=ReadConcern("local"), write_concern=WriteConcern(1))
 
     @property
     def _rights(self) -> Any:
@@ -581,9 +599,9 @@ class MongoStore:
 
     # The queue
 
-    async def _take_due(self, queued: bool, now: float, lease: float, limit: int) -> list[Task]:
+    async def _take_due(self, queued: bool, now: float, lease: float, limit: int, skip: Collection[str]) -> list[Task]:
         """The longest due ones; where others take at the same time, any of the longest due ones that are left."""
-        due = {"queued": queued, "due_at": {"$lte": now}}
+        due = {"queued": queued, "due_at": {"$lte": now}, **(_outside(skip) if queued else {})}
         taken: list[tuple[float, Record]] = []
         places = SPREAD if self._crowd else 1
         self._crowd = max(0, self._crowd - 1)
@@ -846,6 +864,7 @@ def record_of(task: Task, once: Once | None = None) -> tuple[Record, _Part]:
         "name": name,
         "cpus": cpus,
         "ram_gb": ram_gb,
+        "lane": lane(task.spec),
         "heads": list(dict.fromkeys(name[:length] for length in HEADS)),
         "tags": [{"k": key, "v": value} for key, value in (task.spec.tags or {}).items()],
         "document": part.or_inline(task.document, DOCUMENT, 0, 16 * INLINE),
@@ -892,6 +911,10 @@ def _in_order(condition: Record, hint: str) -> tuple[Record, str]:
     prefix = condition["name"]["$gte"]
     length = max(each for each in HEADS if each <= len(prefix))
     return {"heads": prefix[:length], **condition}, "head"
+
+
+def _outside(lanes: Collection[str]) -> Record:
+    return {"lane": {"$nin": list(lanes)}} if lanes else {}
 
 
 def _attempt(attempt: Attempt, part: _Part) -> str | Record:

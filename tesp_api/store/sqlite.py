@@ -13,7 +13,7 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, Self, TypeVar
 
 from tesp_api.errors import MailboxFull, RightLost, StoreUnavailable, StoreUnusable
 from tesp_api.lifecycle import KEEP, Change
+from tesp_api.parameters import lane
 from tesp_api.store import FEW, HEADS, SAMPLE, STALE, Bell, Load, Once, Page, Query, Repeat, Ring, beyond, ring_for
 from tesp_api.store.codec import (
     SYSTEM,
@@ -149,6 +150,17 @@ MIGRATIONS = (
         text TEXT NOT NULL
     );
     """,
+    # 5: lanes of the queue (tasks from before have none), and what is said of sites.
+    """
+    ALTER TABLE task ADD COLUMN lane TEXT;
+    DROP INDEX task_queued;
+    CREATE INDEX task_queued ON task (due_at, lane) WHERE state = 'QUEUED' AND due_at IS NOT NULL;
+    CREATE TABLE site_report (
+        site TEXT PRIMARY KEY NOT NULL,
+        at REAL NOT NULL,
+        text TEXT NOT NULL
+    ) WITHOUT ROWID;
+    """,
 )
 """SQL that leads from each schema version to the next; `PRAGMA user_version` says how many have been run."""
 
@@ -220,14 +232,22 @@ class SqliteStore:
     async def put_tail(self, task_id: str, tail: Tail) -> None:
         await self._writer.call(lambda db: _put_tail(db, task_id, tail))
 
-    async def take_due(self, *, queued: bool, now: float, lease: float, limit: int) -> list[Task]:
-        return await self._writer.call(lambda db: _take_due(db, queued, now, lease, limit))
+    async def take_due(
+        self, *, queued: bool, now: float, lease: float, limit: int, skip: Collection[str] = ()
+    ) -> list[Task]:
+        return await self._writer.call(lambda db: _take_due(db, queued, now, lease, limit, skip))
 
-    async def next_due(self, *, queued: bool) -> float | None:
-        return await self._reader.call(lambda db: _next_due(db, queued))
+    async def next_due(self, *, queued: bool, skip: Collection[str] = ()) -> float | None:
+        return await self._reader.call(lambda db: _next_due(db, queued, skip))
 
     async def loads(self) -> Mapping[str, Load]:
         return await self._reader.call(_loads)
+
+    async def report(self, site: str, at: float, text: str) -> None:
+        await self._writer.call(lambda db: _report(db, site, at, text))
+
+    async def reports(self) -> Mapping[str, tuple[float, str]]:
+        return await self._reader.call(_reports)
 
     async def hold(self, right: str, holder: str, seconds: float) -> float | None:
         return await self._writer.call(lambda db: _hold(db, right, holder, seconds))
@@ -445,8 +465,8 @@ def _add(db: sqlite3.Connection, task: Task, once: Once | None = None) -> Repeat
     key, body = (once.key, once.body) if once is not None and once.key else (None, None)
     db.execute(
         "INSERT INTO task"
-        " (id, state, version, due_at, created, owner, name, site, cpus, ram_gb, attempts, ended, key, body)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " (id, state, version, due_at, created, owner, name, site, cpus, ram_gb, attempts, ended, key, body, lane)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             task.id,
             task.state,
@@ -462,6 +482,7 @@ def _add(db: sqlite3.Connection, task: Task, once: Once | None = None) -> Repeat
             ended_at(task),
             key,
             body,
+            lane(task.spec),
         ),
     )
     if once is not None and not once.key:
@@ -730,16 +751,21 @@ def _apply(db: sqlite3.Connection, task_id: str, change: Change, before: float |
     return task
 
 
-def _due(queued: bool) -> str:
+def _due(queued: bool, skip: Collection[str]) -> tuple[str, list[str]]:
     """Where to find what is due. Left alone, SQLite would take the index of states and sort the whole queue."""
     index, sign = ("task_queued", "=") if queued else ("task_open", "<>")
-    return f"task INDEXED BY {index} WHERE state {sign} 'QUEUED' AND due_at IS NOT NULL"
+    found = f"task INDEXED BY {index} WHERE state {sign} 'QUEUED' AND due_at IS NOT NULL"
+    if not (queued and skip):
+        return found, []
+    return f"{found} AND coalesce(lane, '') NOT IN ({', '.join('?' * len(skip))})", list(skip)
 
 
-def _take_due(db: sqlite3.Connection, queued: bool, now: float, lease: float, limit: int) -> list[Task]:
+def _take_due(
+    db: sqlite3.Connection, queued: bool, now: float, lease: float, limit: int, skip: Collection[str] = ()
+) -> list[Task]:
+    due, lanes = _due(queued, skip)
     rows = db.execute(
-        f"SELECT {_BASIC} FROM {_due(queued)} AND due_at <= ? ORDER BY due_at LIMIT ?",
-        (now, limit),
+        f"SELECT {_BASIC} FROM {due} AND due_at <= ? ORDER BY due_at LIMIT ?", (*lanes, now, limit)
     ).fetchall()
     tasks = [replace(task, due_at=now + lease, version=task.version + 1) for task in map(_task, rows)]
     db.executemany(
@@ -748,8 +774,9 @@ def _take_due(db: sqlite3.Connection, queued: bool, now: float, lease: float, li
     return tasks
 
 
-def _next_due(db: sqlite3.Connection, queued: bool) -> float | None:
-    row = db.execute(f"SELECT min(due_at) FROM {_due(queued)}").fetchone()
+def _next_due(db: sqlite3.Connection, queued: bool, skip: Collection[str] = ()) -> float | None:
+    due, lanes = _due(queued, skip)
+    row = db.execute(f"SELECT min(due_at) FROM {due}", lanes).fetchone()
     due_at: float | None = row[0]
     return due_at
 
@@ -760,6 +787,14 @@ def _loads(db: sqlite3.Connection) -> dict[str, Load]:
         f" WHERE state IN ({_ACTIVE}) GROUP BY site"
     )
     return {site: Load(jobs, cpus, ram_gb) for site, jobs, cpus, ram_gb in rows}
+
+
+def _report(db: sqlite3.Connection, site: str, at: float, text: str) -> None:
+    db.execute("INSERT OR REPLACE INTO site_report VALUES (?, ?, ?)", (site, at, text))
+
+
+def _reports(db: sqlite3.Connection) -> dict[str, tuple[float, str]]:
+    return {site: (at, text) for site, at, text in db.execute("SELECT site, at, text FROM site_report")}
 
 
 def _hold(db: sqlite3.Connection, right: str, holder: str, seconds: float) -> float | None:

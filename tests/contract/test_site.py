@@ -188,6 +188,13 @@ async def sites(place: Place, count: int) -> AsyncIterator[list[Site]]:
 
 
 @on
+async def test_a_site_can_be_asked_how_it_is(place: Place, site: Site) -> None:
+    before = set(place.jobs.glob("*"))
+    assert isinstance(await site.check(), str)
+    assert set(place.jobs.glob("*")) <= before, "to ask leaves nothing behind"
+
+
+@on
 async def test_a_job_runs_and_leaves_its_result(place: Place, site: Site) -> None:
     plan = new_plan("sh", "-c", "echo out; echo err >&2; exit 3")
     await site.submit(plan)

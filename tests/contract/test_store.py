@@ -21,6 +21,7 @@ from pymongo import AsyncMongoClient
 from tesp_api.errors import RightLost, StoreUnavailable
 from tesp_api.lifecycle import KEEP, Change, assign
 from tesp_api.lifecycle import Policy as Rules
+from tesp_api.parameters import lane
 from tesp_api.store import FEW, Load, Once, Query, Repeat, Ring, TaskStore
 from tesp_api.store import sqlite as sqlite_store
 from tesp_api.store.mongo import MongoStore
@@ -532,6 +533,33 @@ async def test_take_due_takes_what_is_due_longest_first(store: TaskStore) -> Non
     assert {task.id for task in back} == {tasks[i].id for i in (0, 1, 3, 4)}
     assert back[0].id == tasks[4].id
     assert await store.take_due(queued=True, now=NOW, lease=30, limit=0) == []
+
+
+@on
+async def test_lanes_are_passed_over(store: TaskStore) -> None:
+    sizes = [4, None, 3, 4, 1]
+    tasks = [
+        make_task(resources={"cpu_cores": size} if size else None, record={"due_at": NOW + at})
+        for at, size in enumerate(sizes)
+    ]
+    await added(store, *tasks)
+    large, small = lane(tasks[0].spec), lane(tasks[4].spec)
+    assert await store.next_due(queued=True, skip=[large]) == NOW + 1
+    assert await store.next_due(queued=True, skip=[large, small, lane(tasks[1].spec)]) is None
+    taken = await store.take_due(queued=True, now=NOW + 9, lease=30, limit=9, skip=[large, "no such lane"])
+    assert [task.id for task in taken] == [tasks[1].id, tasks[4].id]
+    assert [task.version for task in taken] == [2, 2]
+    rest = await store.take_due(queued=True, now=NOW + 9, lease=30, limit=9)
+    assert [task.id for task in rest] == [tasks[0].id, tasks[2].id, tasks[3].id]
+
+
+@on
+async def test_the_last_report_of_a_site_counts(store: TaskStore) -> None:
+    assert await store.reports() == {}
+    await store.report("a", NOW, "one")
+    await store.report("b", NOW, "{}")
+    await store.report("a", NOW + 1, "two")
+    assert await store.reports() == {"a": (NOW + 1, "two"), "b": (NOW, "{}")}
 
 
 @on
@@ -1126,6 +1154,23 @@ def test_a_migration_keeps_the_data_and_is_noted(file: Path) -> None:
     assert asyncio.run(look()) == before
 
 
+def test_tasks_from_before_the_lanes_are_in_none(file: Path) -> None:
+    """A store of the second schema: what waits there is not passed over, whatever lanes are."""
+    file.parent.mkdir(parents=True)
+    db = sqlite3.connect(file, isolation_level=None)
+    sqlite_store._migrate(db, sqlite_store.MIGRATIONS[:2])
+    db.execute("INSERT INTO task VALUES ('a', 'QUEUED', 1, 1.0, 1.0, '', '', NULL, 0, 0, '[]', NULL, NULL, NULL)")
+    db.execute("INSERT INTO document VALUES ('a', ?)", (make_task().document,))
+    db.close()
+
+    async def look() -> None:
+        async with SqliteStore(file) as store:
+            assert await store.next_due(queued=True, skip=["0 0"]) == 1.0
+            assert len(await store.take_due(queued=True, now=NOW, lease=1, limit=9, skip=["0 0"])) == 1
+
+    asyncio.run(look())
+
+
 def test_a_newer_schema_is_refused_in_a_sentence(file: Path) -> None:
     file.parent.mkdir(parents=True)
     db = sqlite3.connect(file)
@@ -1218,7 +1263,10 @@ def test_every_query_uses_an_index() -> None:
     sqlite_store._get(spy, task.id, TesView.FULL, None)
     sqlite_store._take_due(spy, True, NOW, 1, 5)
     sqlite_store._take_due(spy, False, NOW, 1, 5)
+    sqlite_store._take_due(spy, True, NOW, 1, 5, ["1 1"])
     sqlite_store._next_due(spy, True)
+    sqlite_store._next_due(spy, True, ["1 1"])
+    sqlite_store._report(spy, "a", NOW, "text")
     sqlite_store._next_due(spy, False)
     sqlite_store._loads(spy)
     sqlite_store._bodies(spy, [task.id])

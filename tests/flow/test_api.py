@@ -18,6 +18,7 @@ from tesp_api import lifecycle
 from tesp_api.api import Access
 from tesp_api.api.tasks import page_token
 from tesp_api.lifecycle import Change, Policy
+from tesp_api.parameters import Offer
 from tesp_api.store import Query, TaskStore
 from tesp_api.store.sqlite import SqliteStore
 from tesp_api.task import Task
@@ -180,7 +181,11 @@ def test_backend_parameters() -> None:
         info = (await client.get("service-info")).json()
         assert info["tesResources_backend_parameters"] == ["site"]
 
-    with_api(flow, service=service)
+        for value in ({"site": "b"}, {"SITE": ""}):  # makes no sense, strict or not
+            answer = await client.post("tasks", json=document(resources={"backend_parameters": value}))
+            assert_problem(answer, 400, f"resources.backend_parameters.{next(iter(value))}")
+
+    with_api(flow, service=service, offers={"a": Offer()})
 
 
 def test_canceling_can_be_folded() -> None:

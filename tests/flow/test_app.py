@@ -267,21 +267,77 @@ def test_file_roots_of_our_machine_are_made_or_refused(tmp_path: Path) -> None:
 
 def test_the_log_tells_of_ends_and_of_silent_sites(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def go() -> None:
-        site = {"name": "away", "carrier": "rest", "url": "http://127.0.0.1:9", "status": {"max_polls": 1}}
-        site["status"]["poll_interval"] = 0.3  # type: ignore[index]
-        sites = Settings.model_validate({"sites": [site]}).sites
+        away = {"name": "away", "carrier": "rest", "url": "http://127.0.0.1:9"}
+        here = {"name": "here", "carrier": "local", "runtime": "host", "cancel_grace": 0.1}
         chosen = settings(tmp_path, **{"retry.max_attempts": 2, "retry.backoff": 0.1})
+        sites = Settings.model_validate({"sites": [away, here]}).sites
         async with running(chosen.model_copy(update={"sites": sites})) as client:
-            task_id = await create(client, executors=[sh("true")])
+            there = {"backend_parameters": {"site": "away"}}
+            waiting = await create(client, resources=there, executors=[sh("true")])
+            dies = {"backend_parameters": {"site": "here"}}
+            task_id = await create(client, resources=dies, executors=[sh("kill -9 $PPID")])
             await until(client, task_id, FINAL.__contains__)
             again, end = [each.message for each in caplog.records if each.message.startswith("Task ")]
-            assert f"Task {task_id} is tried again after attempt 1 (away): " in again
-            assert f"Task {task_id} is SYSTEM_ERROR (away): " in end
+            assert f"Task {task_id} is tried again after attempt 1 (here): " in again
+            assert f"Task {task_id} is SYSTEM_ERROR (here): " in end
+            async with asyncio.timeout(60):
+                while "takes no jobs" not in str(task := await get(client, waiting)):
+                    await asyncio.sleep(0.01)
+            (log,) = task["logs"]
+            assert log["system_logs"][0].startswith("The task waits: the site 'away' takes no jobs now. Pulsar at ")
         silent = [each for each in caplog.records if "'away' does not answer" in each.message]
         assert [each.levelname for each in silent] == ["WARNING"]
 
     with caplog.at_level("INFO", "tesp_api"):
         asyncio.run(go())
+
+
+def test_the_sites_are_shown(tmp_path: Path) -> None:
+    async def go() -> None:
+        away = {
+            "name": "away",
+            "carrier": "rest",
+            "url": "http://user:s3cret@127.0.0.1:9",
+            "private_token": "t0ken",
+            "cpus": 8,
+            "zones": ["eu"],
+            "labels": {"GPU": "a100"},
+            "batch": True,
+            "queues": ["long"],
+        }
+        here = {"name": "here", "carrier": "local", "runtime": "host", "max_jobs": 3}
+        sites = Settings.model_validate({"sites": [away, here]}).sites
+        async with running(settings(tmp_path).model_copy(update={"sites": sites})) as client:
+            async with asyncio.timeout(60):
+                while True:
+                    answer = await client.get("/tesp/v1/sites")
+                    one, two = answer.json()["sites"]
+                    if (one["health"], two["health"]) == ("down", "up"):
+                        break
+                    await asyncio.sleep(0.05)
+            assert one.pop("last_error")["message"].startswith("Pulsar at http://127.0.0.1:9 cannot be reached")
+            assert one == {
+                "name": "away",
+                "carrier": "rest",
+                "health": "down",
+                "capacity": {"cpus": 8.0},
+                "load": {"jobs": 0, "cpus": 0.0, "ram_gb": 0.0},
+                "zones": ["eu"],
+                "labels": {"gpu": "a100"},
+                "preemptible": False,
+                "batch": True,
+                "queues": ["long"],
+            }
+            assert two["capacity"] == {"max_jobs": 3}
+            assert two["version"]
+            assert "s3cret" not in answer.text
+            assert "t0ken" not in answer.text
+            info = (await client.get("/v1/service-info")).json()
+            assert info["tesResources_backend_parameters"] == ["queue", "time_limit", "site"]
+            document = (await client.get("/openapi.json")).json()
+            assert document["paths"]["/tesp/v1/sites"]["servers"] == [{"url": "/"}]
+
+    asyncio.run(go())
 
 
 def test_not_ready_without_its_store(tmp_path: Path) -> None:
@@ -307,7 +363,8 @@ def test_hidden_canceling_and_service_info(tmp_path: Path) -> None:
             assert set(old) == {"name", "doc", "storage"}
             assert (await client.get("/")).headers["location"] == "/docs"
             document = (await client.get("/openapi.json")).json()
-            assert set(document["paths"]) == {"/service-info", "/tasks", "/tasks/{id}", "/tasks/{id}:cancel"}
+            tes = {"/service-info", "/tasks", "/tasks/{id}", "/tasks/{id}:cancel"}
+            assert set(document["paths"]) == tes | {"/tesp/v1/sites"}
 
     asyncio.run(go())
 

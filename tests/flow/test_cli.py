@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
+import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +207,58 @@ def test_follow(monkeypatch: pytest.MonkeyPatch, answers: list[dict[str, Any]], 
     monkeypatch.setattr(client.httpx, "request", lambda *_, **__: httpx.Response(200, json=left.pop(0)))
     done = CliRunner().invoke(app, ["logs", "--follow", "t"])
     assert (done.stdout, done.exit_code) == (stdout, code)
+
+
+# sites
+
+
+SITES = {
+    "sites": [
+        {
+            "name": "a",
+            "carrier": "rest",
+            "health": "up",
+            "version": "0.15.16",
+            "capacity": {"max_jobs": 8, "cpus": 16.0},
+            "load": {"jobs": 2, "cpus": 3.0, "ram_gb": 1.5},
+        },
+        {
+            "name": "far-away",
+            "carrier": "amqp",
+            "health": "down",
+            "capacity": {},
+            "load": {"jobs": 0, "cpus": 0.0, "ram_gb": 0.0},
+            "last_error": {"message": "no\u001b[31m answer", "time": "2026-01-31T12:00:00.000000Z"},
+        },
+    ]
+}
+
+
+class OneAnswer(http.server.BaseHTTPRequestHandler):
+    """Knows the page of sites only."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/tesp/v1/sites" else 404)
+        self.end_headers()
+        self.wfile.write(json.dumps(SITES).encode())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("path", ["", "/", "/v1", "/ga4gh/tes/v1/"])
+def test_the_sites_as_a_table(path: str) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), OneAnswer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            done = CliRunner().invoke(app, ["sites", "--url", f"http://127.0.0.1:{server.server_port}{path}"])
+        finally:
+            server.shutdown()
+            thread.join()
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines() == [
+        "NAME      CARRIER  HEALTH  VERSION  JOBS  CPUS  RAM_GB  LAST ERROR",
+        "a         rest     up      0.15.16  2/8   3/16  1.5",
+        "far-away  amqp     down             0     0     0       2026-01-31T12:00:00 no?[31m answer",
+    ]

@@ -108,6 +108,10 @@ async def use_all(store: TaskStore, known: str) -> set[str]:
     for queued in (True, False):
         await store.next_due(queued=queued)
         assert await store.take_due(queued=queued, now=NOW + 2000, lease=30, limit=5)
+    await store.next_due(queued=True, skip=["1 1", "2 2"])
+    assert await store.take_due(queued=True, now=NOW + 2000, lease=30, limit=5, skip=["1 1", "2 2"])
+    await store.report("a", NOW, "text")
+    assert await store.reports() == {"a": (NOW, "text")}
     assert await store.loads()
     until = await store.hold("right", "me", 60)
     assert await store.hold("right", "you", 60) is None
@@ -128,6 +132,8 @@ async def use_all(store: TaskStore, known: str) -> set[str]:
         "next_due",
         "take_due",
         "loads",
+        "report",
+        "reports",
         "hold",
         "apply",
         "put_tail",

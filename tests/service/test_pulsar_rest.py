@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tesp_api.errors import SiteRefused, SiteUnavailable
+from tesp_api.errors import SiteClosed, SiteRefused, SiteUnavailable
 from tesp_api.runner.bundle import pseudo_job
 from tesp_api.runner.job import EXIT_DAMAGED_RUNNER, EXIT_NO_RUNNER, Input
 from tesp_api.sites import SiteFacts
@@ -266,11 +266,14 @@ def test_a_wrong_token_is_named_and_no_token_is_ever_told(
     async def main() -> None:
         with caplog.at_level(logging.DEBUG):
             async with site_at(server, token="wr0ng-t0ken") as site:
-                with pytest.raises(SiteRefused, match="private_token") as refused:
+                with pytest.raises(SiteClosed, match="private_token") as refused:
                     await site.submit(new_plan())
-                with pytest.raises(SiteUnavailable, match="private_token"):
+                with pytest.raises(SiteClosed, match="private_token"):
                     await site.observe(["a-1"])
+                with pytest.raises(SiteClosed, match="private_token"):
+                    await site.check()
             async with site_at(server) as site:
+                assert await site.check() == importlib.metadata.version("pulsar-app")
                 plan = new_plan("echo", "s3cret-plan")
                 await site.submit(plan)
                 await ended(site, plan.job_id)

@@ -56,6 +56,7 @@ ATTEMPTS = st.builds(
     forgotten=st.booleans(),
     tokens=st.lists(TEXT, max_size=4).map(tuple),
     reported=MAYBE,
+    withdrawn=st.booleans(),
     log=LOGS,
 )
 
@@ -69,7 +70,7 @@ def test_the_strategy_covers_every_field() -> None:
     """A new field must be in the round trip above."""
     assert {each.name for each in fields(Attempt)} == {
         *("number", "job_id", "site", "assigned", "submitted", "heard", "beat", "looks", "cancel_sent", "cancels"),
-        *("ended", "abandoned", "forgotten", "tokens", "reported", "log"),
+        *("ended", "abandoned", "forgotten", "tokens", "reported", "withdrawn", "log"),
     }
 
 

@@ -67,6 +67,7 @@ PROTOCOLS = {
     "tesp_api.tes",
     "tesp_api.task",
     "tesp_api.lifecycle",
+    "tesp_api.parameters",
     "tesp_api.store",
     "tesp_api.store.mailbox",
     "tesp_api.sites",
@@ -82,6 +83,7 @@ def test_the_core_looks_down_only() -> None:
     assert ours("tesp_api") == set()
     assert ours("tesp_api.errors") == set()
     assert ours("tesp_api.tes") <= {"tesp_api.errors"}
+    assert ours("tesp_api.parameters") <= {"tesp_api.tes", "tesp_api.errors"}
     assert ours("tesp_api.task") <= {"tesp_api.tes", "tesp_api.errors", "tesp_api.runner", "tesp_api.runner.job"}
     assert ours("tesp_api.lifecycle") <= PROTOCOLS - {"tesp_api.store", "tesp_api.store.mailbox", "tesp_api.sites"} | {
         "tesp_api.runner"

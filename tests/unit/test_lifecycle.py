@@ -327,13 +327,45 @@ def test_what_has_started_is_never_tried_again(code: int) -> None:
 
 
 @pytest.mark.parametrize("code", sorted(NO_PYTHON))
-def test_no_python_is_no_use_trying(code: int) -> None:
-    for state, end in ((S.INITIALIZING, S.SYSTEM_ERROR), (S.CANCELING, S.CANCELED)):
+def test_no_python_is_the_fault_of_the_site(code: int) -> None:
+    single = replace(POLICY, max_attempts=1)
+    for state, policy, end in (
+        (S.INITIALIZING, POLICY, S.QUEUED),
+        (S.INITIALIZING, single, S.SYSTEM_ERROR),
+        (S.CANCELING, POLICY, S.CANCELED),
+    ):
         task = task_in(state)
-        change = lifecycle.observed(task, seen(task, Phase.ENDED, exit_code=code), NOW, POLICY)
+        change = lifecycle.observed(task, seen(task, Phase.ENDED, exit_code=code), NOW, policy)
         assert change is not None
         assert change.state is end
         assert "python3" in change.system[0]
+
+
+def test_unassign() -> None:
+    """The site has never heard of it: no attempt is used up, nobody is shown one, and the next takes its place."""
+    queued = make_task()
+    change = lifecycle.assign(queued, "a", NOW, POLICY)
+    assert change is not None
+    task = applied(queued, change)
+    change = lifecycle.unassign(task, task, NOW, "It is down.")
+    assert change is not None
+    assert (change.state, change.due_at, change.system, change.system_of) == (S.QUEUED, NOW, ("It is down.",), 0)
+    back = applied(task, change)
+    assert (back.tries, len(back.attempts)) == ((), 1)
+    assert lifecycle.unforgotten(back) == lifecycle.running_on(back) == ()
+    change = lifecycle.assign(back, "b", NOW, POLICY)
+    assert change is not None
+    assert change.attempt is not None
+    assert (change.attempt.number, change.attempt.site, change.attempt.withdrawn) == (1, "b", False)
+    ended = lifecycle.give_up(back, NOW, "No.")
+    assert (ended.state, ended.attempt, ended.due_at, ended.system_of) == (S.SYSTEM_ERROR, None, None, 0)
+
+
+@pytest.mark.parametrize("state", [each for each in S if each is not S.INITIALIZING])
+def test_unassign_only_what_is_as_it_was_assigned(state: S) -> None:
+    task = task_in(S.INITIALIZING)
+    assert lifecycle.unassign(replace(task, version=task.version + 1), task, NOW) is None
+    assert lifecycle.unassign(replace(task, state=state), task, NOW) is None
 
 
 def test_refused() -> None:

@@ -114,7 +114,10 @@ def test_before_any_handler(method: str, path: str, status: int, message: str) -
 
 def test_every_error_that_reaches_the_api_has_a_status() -> None:
     """The others belong to the start, the dispatcher, the planner or the sites, and end in a task's logs."""
-    elsewhere = {"TespError", "SettingsError", "PlanError", "RightLost", "SiteError", "SiteUnavailable", "SiteRefused"}
+    elsewhere = {
+        *("TespError", "SettingsError", "PlanError", "RightLost", "MailboxFull"),
+        *("SiteError", "SiteUnavailable", "SiteRefused", "SiteClosed"),
+    }
     named = {
         name
         for name, value in vars(errors).items()

@@ -58,6 +58,9 @@ class Memory:
     async def clean(self, job_id: str) -> None:
         self.calls.append("clean")
 
+    async def check(self) -> str:
+        return "0.15.16"
+
     async def updates(self) -> AsyncIterator[tuple[str, Status]]:
         if self.answer is not None:
             yield ID, self.answer

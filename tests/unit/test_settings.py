@@ -196,6 +196,49 @@ def test_text_that_looks_like_something_else_stays_text(token: str) -> None:
     assert load(FILE, {"TESP_PULSAR__PRIVATE_TOKEN": token}).pulsar.private_token == token
 
 
+@pytest.mark.parametrize("token", ["12345678", "true", "[a", "env:B", " x "])
+def test_secrets_come_from_variables(tmp_path: Path, token: str) -> None:
+    text = '[default.pulsar]\nprivate_token = "env:A"\n[[default.sites]]\nname = "a"\ncarrier = "rest"\nurl = "env:U"\n'
+    settings = load(written(tmp_path, text), {"A": token, "U": "https://u:p@h"})
+    assert settings.pulsar.private_token == token
+    assert settings.sites[0].url == "https://u:p@h"
+    assert load(None, {"TESP_PULSAR__PRIVATE_TOKEN": "env:A", "A": token}).pulsar.private_token == token
+
+
+def test_a_variable_that_is_not_there_is_named_with_its_key(tmp_path: Path) -> None:
+    file = written(
+        tmp_path, '[[default.sites]]\nname = "a"\ncarrier = "rest"\nurl = "http://h"\nprivate_token = "env:A"\n'
+    )
+    for environ in ({}, {"A": ""}):
+        assert refused(file, environ) == "settings: sites.0.private_token: the variable A is not set, or empty"
+    assert refused(None, {"TESP_PULSAR__PRIVATE_TOKEN": "env:A"}).endswith("(from TESP_PULSAR__PRIVATE_TOKEN)")
+    assert load(None, {"TESP_PULSAR__PRIVATE_TOKEN": "env:no name"}).pulsar.private_token == "env:no name"
+
+
+def test_what_a_variable_held_is_not_repeated(tmp_path: Path) -> None:
+    file = written(tmp_path, '[[default.sites]]\nname = "a"\ncarrier = "rest"\nurl = "env:A"\n')
+    assert "s3cret" not in refused(file, {"A": "htp://u:s3cret@h"})
+
+
+def test_what_a_site_is_like(tmp_path: Path) -> None:
+    text = """[[default.sites]]
+        name = "a"
+        carrier = "rest"
+        url = "http://h"
+        zones = "eu-1"
+        labels = {GPU = "a100"}
+        preemptible = true
+        disk_gb = 100
+        batch = true
+        queues = ["long", "short.2"]
+    """
+    site = load(written(tmp_path, text), {}).sites[0]
+    assert (site.zones, site.labels, site.preemptible) == (("eu-1",), {"gpu": "a100"}, True)
+    assert (site.disk_gb, site.batch, site.queues) == (100.0, True, ("long", "short.2"))
+    assert refused(written(tmp_path, text.replace('"long"', '"-x"'))).startswith("settings: sites.0.queues.0: ")
+    assert refused(written(tmp_path, text.replace('"a100"', "1"))).startswith("settings: sites.0.labels.gpu: ")
+
+
 def test_the_container_type_of_the_upstream() -> None:
     assert load(FILE, {"CONTAINER_TYPE": "bubblewrap"}).container.runtime == "bubblewrap"
     assert load(FILE, {"CONTAINER_TYPE": ""}).container.runtime == "auto"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
-from tesp_api.errors import SiteError, SiteUnavailable
+from tesp_api.errors import SiteClosed, SiteError, SiteUnavailable
 from tesp_api.runner.bundle import Bundle
 from tesp_api.runner.job import EXIT_NO_PYTHON
 from tesp_api.sites import documents
@@ -137,6 +137,11 @@ class MailCarrier:
             update = await self._out.get()
             yield update
             self._taken.set()
+
+    async def check(self) -> str:
+        """See Carrier: a question about a job that is nowhere. No letter tells Pulsar's version."""
+        await self.status(errand.new_id())
+        return ""
 
     # Letters
 
@@ -311,12 +316,12 @@ class MailCarrier:
             except SiteError as error:
                 log.debug("%s", error)  # whoever waits for the errand is told by its timeout
 
-    def _no_answer(self, status: Status) -> SiteUnavailable:
+    def _no_answer(self, status: Status) -> SiteError:
         where = self._post.where
         if status.state == "failed":
             return SiteUnavailable(f"{where} could not launch a small job of ours; the reason is in Pulsar's own log.")
         if status.returncode == EXIT_NO_PYTHON:
-            return SiteUnavailable(f"{where} has no python3 on the PATH of its jobs, and the runner needs one.")
+            return SiteClosed(f"{where} has no python3 on the PATH of its jobs, and the runner needs one.")
         said = f": {words}" if (words := documents.words(status.stderr, 120)) else "."
         return SiteUnavailable(
             f"{where} ended a small job of ours without an answer (exit code {status.returncode}){said}"

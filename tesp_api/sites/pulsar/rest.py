@@ -11,7 +11,7 @@ import json
 import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Final, Self
@@ -19,8 +19,9 @@ from urllib.parse import quote, urlencode
 
 import httpx
 
-from tesp_api.errors import SiteError, SiteRefused, SiteUnavailable
+from tesp_api.errors import SiteClosed, SiteError, SiteRefused, SiteUnavailable
 from tesp_api.runner.bundle import FILE_NAME, Bundle, pseudo_job
+from tesp_api.sites import documents
 from tesp_api.sites.pulsar import messages
 from tesp_api.sites.pulsar.messages import INPUT, LOST, OUTPUT, OUTPUT_METADATA, PLAN, Launch, Status
 
@@ -40,6 +41,12 @@ ANSWER_BYTES: Final = 64 * 1024 * 1024
 
 DEDUPLICATES: Final = (0, 15, 15)
 """The first Pulsar that ignores a repeated submit; older ones start the job again, and the runner's lock stops it."""
+
+OF_THE_JOB: Final = frozenset({400, 409, 413, 414, 422, 431})
+"""HTTP codes that may be about this request alone; other refusals would meet any."""
+
+NOBODY: Final = "tesp-check"
+"""A job that is nowhere."""
 
 MARKER: Final = "delivered"
 """A file of the runner's pseudo job: the runner's upload is whole. It is an output; inputs cannot be downloaded."""
@@ -127,12 +134,12 @@ class RestCarrier:
         if made.job_id != pseudo:
             if messages.JOB_ID.fullmatch(made.job_id):
                 await self.clean(made.job_id)
-            raise SiteRefused(
+            raise SiteClosed(
                 f"{self.where} gives jobs ids of its own, so that a job could not be found again after a lost answer: "
                 "remove `assign_ids` from the manager in its app.yml."
             )
         if unsafe := messages.UNSAFE_PATH.search(made.job_directory):
-            raise SiteRefused(
+            raise SiteClosed(
                 f"{self.where} has {unsafe.group()!r} in the path of its staging_directory, which breaks every job of "
                 "Pulsar: choose a path of plain characters."
             )
@@ -197,6 +204,13 @@ class RestCarrier:
         await asyncio.Event().wait()
         yield "", Status(LOST)
 
+    async def check(self) -> str:
+        """See Carrier. The status of a job needs the token; the health check does not, and older ones have none."""
+        await self.status(NOBODY)
+        with suppress(SiteRefused):
+            return documents.words(await self.version(), 40)
+        return ""
+
     async def version(self) -> str:
         """Pulsar's version, by its health check (0.15 and later)."""
         document = _json(self._good(await self._control("GET", "/healthz"), "health check"))
@@ -234,7 +248,7 @@ class RestCarrier:
         if self._gate is not None:
             await self._gate()
         if self._client is None:
-            raise SiteUnavailable(f"{self.where} is not in use any more.")
+            raise SiteUnavailable(f"{self.where} is not in use any more.", unsent=True)
         async with self._transfers if transfer else self._controls:
             try:
                 async with self._client.stream(
@@ -247,7 +261,7 @@ class RestCarrier:
                 ) as response:
                     return Answer(response.status_code, await _bounded(response, limit))
             except httpx.ConnectError as error:
-                raise SiteUnavailable(f"{self.where} cannot be reached: {error}") from error
+                raise SiteUnavailable(f"{self.where} cannot be reached: {error}", unsent=True) from error
             except httpx.TimeoutException as error:
                 raise SiteUnavailable(f"{self.where} did not answer in time.") from error
             except httpx.RemoteProtocolError as error:
@@ -263,12 +277,13 @@ class RestCarrier:
 
     def _error(self, code: int, what: str) -> SiteError:
         if code == 401:
-            return SiteRefused(
+            return SiteClosed(
                 f"{self.where} refuses us (401): the site's `private_token` is not the one in Pulsar's configuration."
             )
         if code >= 500 or code in (408, 425, 429):
             return SiteUnavailable(f"{self.where} failed to answer the {what} (HTTP {code}).")
-        return SiteRefused(f"{self.where} refused the {what} (HTTP {code}); is there a Pulsar at that address?")
+        refused = SiteRefused if code in OF_THE_JOB else SiteClosed
+        return refused(f"{self.where} refused the {what} (HTTP {code}); is there a Pulsar at that address?")
 
     def _encoded(self, query: Mapping[str, str]) -> bytes:
         values = dict(query)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol, Self
 
-from tesp_api.errors import SiteError, SiteUnavailable
+from tesp_api.errors import SiteClosed, SiteError, SiteUnavailable
 from tesp_api.runner import job
 from tesp_api.runner.bundle import Bundle, command
 from tesp_api.sites import SiteFacts, documents
@@ -79,6 +79,9 @@ class Carrier(Protocol):
 
     def updates(self) -> AsyncIterator[tuple[str, Status]]:
         """What Pulsar sends by itself."""
+
+    async def check(self) -> str:
+        """Ask something harmless, to see that Pulsar is there and lets us in; its version, empty if it is not told."""
 
     async def __aenter__(self) -> Self: ...
 
@@ -202,6 +205,8 @@ class PulsarSite:
             else:
                 observations.append(each)
         if errors and len(errors) == len(job_ids):
+            if isinstance(errors[0], SiteClosed):
+                raise errors[0]
             raise SiteUnavailable(str(errors[0])) from errors[0]
         return observations
 
@@ -389,6 +394,10 @@ class PulsarSite:
             log.debug("%s: %s", job_id, error)
         except Exception:
             log.exception("looking at %s failed", job_id)
+
+    async def check(self) -> str:
+        """See Site."""
+        return await self._carrier.check()
 
     # Cancel and forget
 

@@ -1,0 +1,128 @@
+"""What the dispatcher remembers of the queue: lanes that found no room, and what the waiting tasks were told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+
+from tesp_api.dispatch.place import Choice
+from tesp_api.store import TaskStore
+from tesp_api.task import Task
+from tesp_api.tes import TesView
+
+BATCH = 64
+"""Tasks taken in one go, so that the lease is long enough for all of them."""
+
+FIRST = 8
+"""Tasks taken in one go after some have found no room: those that do not find any either have to be put back."""
+
+MOST = 4 * BATCH
+"""Tasks looked at in one tick, however many lanes find no room."""
+
+FULL_FOR = 1.0
+"""Seconds for which tasks that found no room are let alone, unless something has ended."""
+
+SURVEY_EVERY = 5.0
+"""Seconds after which waiting tasks are looked at though there is no room: some will never fit, and the others shall
+be told why they wait."""
+
+MOST_LANES = 500
+"""Lanes remembered; so many only if somebody wants to be a nuisance."""
+
+TOLD = 10_000
+"""Tasks of which it is remembered what they were told."""
+
+WAITS = "The task waits: "
+
+
+class Lanes:
+    """Lanes that are passed over for now. `full`: no site had room for anything."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self._blocked: dict[str, None] = {}
+        self._careful = False
+        self._seen: object = None
+        self._at = 0.0
+        self._survey = False
+        self._surveyed: float | None = None
+
+    def clear(self) -> None:
+        """Nothing waits."""
+        self._blocked.clear()
+        self.full = self._careful = self._survey = False
+        self._seen = self._surveyed = None
+
+    def look(self, world: object, now: float) -> None:
+        """A tick begins. `world` is all that decides who finds room: as long as it is the same, nobody does.
+
+        Putting tasks back rings the bell too, and must not start the next round.
+        """
+        self._careful = bool(self._blocked)
+        waiting = self.full or self._careful
+        self._survey = waiting and not (self._surveyed is not None and 0 <= now - self._surveyed < SURVEY_EVERY)
+        if self._survey:
+            self._surveyed = now
+        if self._survey or world != self._seen or not 0 <= now - self._at < FULL_FOR:
+            self._blocked.clear()
+            self._at = now
+
+    def looked(self, world: object, room: int) -> None:
+        """The tick is over."""
+        self._seen, self.full = world, room == 0
+
+    def limit(self, room: int) -> int:
+        """How many tasks to take next."""
+        if self._survey:
+            return BATCH
+        return min(room, FIRST if self._careful else BATCH)
+
+    def went(self, blocked: int) -> bool:
+        """After a round in which so many lanes were there before: whether it has blocked more."""
+        self._careful = len(self._blocked) > blocked
+        return self._careful
+
+    def block(self, lane: str) -> None:
+        """One of this lane found no room."""
+        if len(self._blocked) < MOST_LANES:
+            self._blocked[lane] = None
+
+    def passed_over(self) -> Collection[str]:
+        """What not to take now."""
+        return list(self._blocked)
+
+
+class Waits:
+    """Tells each task why it waits, once for each reason; what was told before our time is in the store."""
+
+    def __init__(self, store: TaskStore) -> None:
+        self._store = store
+        self._told: dict[str, set[str]] = {}
+
+    async def line(self, task: Task, choice: Choice, why: Callable[[str], str], now: float) -> str:
+        """What to write into the task's system logs; empty if it knows, or has not waited worth the mention."""
+        if not choice.down and 0 <= now - task.created < FULL_FOR:
+            return ""
+        head = _sentence(choice)
+        if head in (told := await self._known(task)):
+            return ""
+        told.add(head)
+        return " ".join([head, *dict.fromkeys(reason for site in choice.down if (reason := why(site)))])
+
+    async def _known(self, task: Task) -> set[str]:
+        if task.id not in self._told:
+            if len(self._told) >= TOLD:
+                self._told.clear()
+            found = await self._store.get(task.id, TesView.FULL)
+            lines = [each for lines in found.bodies.system.values() for each in lines] if found and found.bodies else []
+            self._told[task.id] = {head.group() for line in lines if (head := _HEAD.match(line))}
+        return self._told[task.id]
+
+
+_HEAD = re.compile(f"{WAITS}.*?( is full| takes no jobs now)\\.(?= |$)")
+
+
+def _sentence(choice: Choice) -> str:
+    parts = [f"the site {site!r} is full" for site in choice.full]
+    parts += [f"the site {site!r} takes no jobs now" for site in choice.down]
+    return f"{WAITS}{', '.join(parts)}."
