@@ -1,9 +1,9 @@
 """The shared store: MongoDB 5 or newer, for any number of service processes on any number of machines.
 
-Some collections. `task` has one small record for each task. `text` has what is long (input contents, streams, system
+Seven collections. `task` has one small record for each task. `text` has what is long (input contents, streams, system
 lines, and documents or logs beyond INLINE), in pieces that are far below MongoDB's 16 MB. `right` has what `hold`
-gives, `site` what is reported of sites, `tail` what running tasks have said so far. `box` and `letter` belong to the
-mailbox.
+gives, `site` what is reported of sites. `tail` has what running tasks have said so far. `box` and `letter` belong to
+the mailbox.
 
 MongoDB changes one record at a time, and a plain server has no transactions. So a change that brings texts writes
 these first, as a *part* under a name of its own; the one conditional update of the record then adds that name to

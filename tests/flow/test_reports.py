@@ -27,6 +27,8 @@ from tesp_api.api.jobs import PATH, Jobs
 from tesp_api.api.routes import Methods
 from tesp_api.app import Service, create_app
 from tesp_api.dispatch.dispatcher import Dispatcher
+from tesp_api.dispatch.health import Health
+from tesp_api.dispatch.inspector import Inspector
 from tesp_api.dispatch.keeper import Keeper
 from tesp_api.dispatch.poller import Poller
 from tesp_api.lifecycle import Policy
@@ -96,7 +98,16 @@ class World:
         policies = {"here": POLICY}
         dispatcher = Dispatcher(store, sites, policies)
         poller = Poller(store, sites, policies, dispatcher.submit)
-        service = Service(store, store.mail, sites, dispatcher, poller, Keeper(store), policies)
+        service = Service(
+            store,
+            store.mail,
+            sites,
+            dispatcher,
+            poller,
+            Keeper(store),
+            policies,
+            Inspector(store, sites, Health(sites)),
+        )
         app = create_app(load(environ={}, overrides={"server.data_dir": self.directory}), service)
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=int(GUARD)))
         serving = asyncio.create_task(server.serve(sockets=[self.socket.dup()]))
