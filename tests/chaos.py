@@ -47,10 +47,6 @@ OF_THE_SITE: dict[str, object] = {
     "cancel_grace": 4.0,
     "status": {"poll_interval": 1.0, "max_polls": PATIENCE},
 }
-    "max_jobs": 4,
-    "cancel_grace": 4.0,
-    "status": {"poll_interval": 1.0, "max_polls": PATIENCE},
-}
 """Further keys of the site."""
 
 ON_REPLICAS = ("kill replica", "pause replica", "kill all replicas", "be away till all jobs end", "cut clients")
