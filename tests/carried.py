@@ -5,10 +5,12 @@ Each part can be killed and started again. All that a place starts carries its `
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import json
 import os
+import secrets
 import signal
 import subprocess
 import threading
@@ -18,24 +20,35 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 
+import aio_pika
+
 from tests.engine import docker_host
-from tests.pulsars import PulsarServer
+from tests.pulsars import PulsarMain, PulsarServer
+from tests.rabbitmq import Broker, need_rabbitmq
 from tests.running import Service, until
 from tests.support import free_port, require
 
 
 class Place:
-    """One site. `keys` are further lines of its section of settings.toml.
+    """One site, named after its carrier, of a service at `port`. `keys` are further lines of its section of
+    settings.toml.
 
     The base is the local site, behind which there is nothing.
     """
 
     carrier = "local"
+    lease = 3.5
+    """Seconds; short, so that a test need not wait for a take-over."""
+
+    reports = False
+    """Whether its jobs report over HTTP; else their tails come as files."""
+
     faults: tuple[str, ...] = ()
     """What the crash suite can do to it (tests/chaos.py)."""
 
-    def __init__(self, directory: Path, name: str = "", **keys: object) -> None:
-        self.directory, self.name = directory, name or self.carrier
+    def __init__(self, directory: Path, port: int, **keys: object) -> None:
+        self.directory, self.name = directory, self.carrier
+        self.url = f"http://127.0.0.1:{port}"
         self.keys = {"name": self.name, "carrier": self.carrier, **keys}
         self.shared = directory / "shared"
         self.temporary = directory / "tmp"
@@ -106,17 +119,10 @@ class Embedded(Place):
             return None
 
 
-class Rest(Place):
-    """A `pulsar-serve` of its own."""
+class Separate(Place):
+    """A Pulsar of the administrator's."""
 
-    carrier = "rest"
-    faults = ("cut Pulsar", "kill Pulsar", "kill Pulsar's worker")
-
-    def __init__(self, directory: Path, name: str = "", **keys: object) -> None:
-        super().__init__(directory, name, **keys)
-        require(importlib.util.find_spec("pulsar"), "pulsar-app is not installed")
-        self.server = PulsarServer(directory / self.name, variables={"TMPDIR": str(self.temporary)})
-        self.keys |= {"url": self.server.url, "private_token": self.server.token}
+    server: PulsarServer | PulsarMain
 
     @property
     def staging(self) -> Path:
@@ -126,30 +132,126 @@ class Rest(Place):
         self.server.start()
 
     def stop(self) -> None:
-        self.server.stop()
+        self.kill_pulsar()
 
     def pulsar(self) -> int | None:
         process = self.server.process
         return process.pid if process is not None and process.poll() is None else None
 
-    def is_reached_by(self, peer: object) -> bool:
-        return peer == ("127.0.0.1", self.server.port)
+    def kill_pulsar(self) -> bool:
+        there = self.pulsar() is not None
+        if self.server.process is not None:
+            with contextlib.suppress(ProcessLookupError):  # what is left of a half-killed one goes too, for its port
+                os.killpg(self.server.process.pid, signal.SIGKILL)
+            self.server.process.wait()
+        return there
 
     def start_pulsar(self) -> None:
-        """What is left of a half-killed one must go first, for its port."""
-        assert self.server.process is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.server.process.pid, signal.SIGKILL)
-        self.server.process.wait()
+        self.kill_pulsar()
         self.server.start()
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """What is added to Pulsar's environment."""
+        return {"TMPDIR": str(self.temporary)}
 
-PLACES: Mapping[str, type[Place]] = {each.carrier: each for each in (Place, Embedded, Rest)}
+
+class Rest(Separate):
+    """A `pulsar-serve`."""
+
+    carrier = "rest"
+    faults = ("cut Pulsar", "kill Pulsar", "kill Pulsar's worker")
+
+    def __init__(self, directory: Path, port: int, **keys: object) -> None:
+        super().__init__(directory, port, **keys)
+        require(importlib.util.find_spec("pulsar"), "pulsar-app is not installed")
+        self.server = server = PulsarServer(directory / self.name, variables=self.variables)
+        self.keys |= {"url": server.url, "private_token": server.token}
+        self._port = server.port
+
+    def is_reached_by(self, peer: object) -> bool:
+        return peer == ("127.0.0.1", self._port)
 
 
-def write_settings(path: Path, places: Sequence[Place], **sections: Mapping[str, object]) -> None:
-    """A settings.toml with these sites, the engine of the tests, and `sections` of other keys."""
-    sections = {"container": {"runtime": "docker", "docker_host": docker_host()}, **sections}
+class Amqp(Separate):
+    """A `pulsar-main` behind a RabbitMQ."""
+
+    carrier = "amqp"
+    lease = 20.0
+    faults = ("cut Pulsar", "kill Pulsar", "kill broker", "stop broker", "pause broker", "poison updates")
+
+    def __init__(self, directory: Path, port: int, **keys: object) -> None:
+        super().__init__(directory, port, **keys)
+        need_rabbitmq()
+        self.broker = Broker(directory / f"{self.name}-broker")
+        self.server = server = PulsarMain(directory / self.name, "amqp/app.yml", AMQP_URL=self.broker.url + "/")
+        server.variables |= self.variables
+        self.keys |= {"amqp_url": self.broker.url}
+
+    def start(self) -> None:
+        self.broker.start()
+        super().start()
+
+    def stop(self) -> None:
+        super().stop()
+        self.broker.remove()
+
+    def processes(self) -> dict[str, list[int]]:
+        return {**super().processes(), "broker": members(self.broker.group)}
+
+    def is_reached_by(self, peer: object) -> bool:
+        return peer == ("127.0.0.1", self.broker.port)
+
+    def kills(self) -> list[Callable[[], object]]:
+        return [*super().kills(), self._kill_and_start_broker]
+
+    def _kill_and_start_broker(self) -> None:
+        self.broker.kill()
+        self.broker.start()
+
+    def poison(self, box: str) -> None:
+        """Put letters into a queue of Pulsar's (`setup`, `status_update`, ...) that nobody can make sense of."""
+        asyncio.run(_poison(self.broker.url, f"pulsar__{box}"))
+
+
+class Relay(Separate):
+    """A `pulsar-main` that calls the service's relay; it must know the service's port before."""
+
+    carrier = "relay"
+    lease = 20.0
+    reports = True
+    faults = ("kill Pulsar",)
+
+    def __init__(self, directory: Path, port: int, **keys: object) -> None:
+        super().__init__(directory, port, **keys)
+        require(importlib.util.find_spec("pulsar"), "pulsar-app is not installed")
+        password = secrets.token_urlsafe(16)
+        names = {"RELAY_URL": self.url, "USER": self.name, "PASSWORD": password}
+        self.server = server = PulsarMain(directory / self.name, "relay/app.yml", **names)
+        server.variables |= self.variables
+        self.keys |= {"relay_password": password}
+
+
+POISON = (b"\xff\xfe", b"{", b"null", b"[]", b"7", b"{}", b'{"job_id": 7}', b'{"job_id": "../x", "status": []}')
+
+
+async def _poison(url: str, queue: str) -> None:
+    connection = await aio_pika.connect(url)
+    async with connection:
+        channel = await connection.channel()
+        for body in POISON:
+            letter = aio_pika.Message(body, content_type="application/json", delivery_mode=2)
+            await channel.default_exchange.publish(letter, routing_key=queue)
+
+
+PLACES: Mapping[str, type[Place]] = {each.carrier: each for each in (Place, Embedded, Rest, Amqp, Relay)}
+
+
+def write_settings(path: Path, places: Sequence[Place]) -> None:
+    """A settings.toml with these sites and the engine of the tests."""
+    sections: dict[str, dict[str, object]] = {"container": {"runtime": "docker", "docker_host": docker_host()}}
+    if reporting := [place for place in places if place.reports]:
+        sections["server"] = {"public_url": reporting[0].url}
     lines = []
     for name, keys in sections.items():
         lines += [f"[default.{name}]", *(f"{key} = {_toml(value)}" for key, value in keys.items())]
@@ -178,8 +280,9 @@ class Carried:
         for path in (self.shared, self.temporary):
             path.mkdir(parents=True)
             path.chmod(0o777)
-        self.places = [PLACES[carrier](directory, **keys) for carrier in carriers]
-        self.service = Service(directory, port=free_port(), TMPDIR=str(self.temporary))
+        port = free_port()
+        self.places = [PLACES[carrier](directory, port, **keys) for carrier in carriers]
+        self.service = Service(directory, port=port, TMPDIR=str(self.temporary))
         self._stack = ExitStack()
 
     @property
@@ -189,7 +292,7 @@ class Carried:
         return place
 
     def __enter__(self) -> Self:
-        self.write_settings()
+        write_settings(self.directory / "settings.toml", self.places)
         with ExitStack() as stack:
             for place in self.places:
                 stack.callback(place.stop)
@@ -200,10 +303,6 @@ class Carried:
             until(lambda: self.service.http.get("/readyz").is_success, 60, "the service is ready")
             self._stack = stack.pop_all()
         return self
-
-    def write_settings(self) -> None:
-        """What the next start of the service reads."""
-        write_settings(self.directory / "settings.toml", self.places)
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()

@@ -13,7 +13,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -25,12 +25,11 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from tesp_api.sites.processes import Process
-from tests.carried import PLACES, remove_containers, write_settings
+from tests.carried import PLACES, Amqp, Place, remove_containers, write_settings
 from tests.mongod import Mongod, ReplicaSet
+from tests.rabbitmq import Broker
 from tests.running import Service, until
-
-LEASE = 3.5
-"""Seconds; a service that is paused must sleep through it."""
+from tests.support import free_port
 
 PATIENCE = 25
 """Seconds of silence after which an attempt is given up."""
@@ -38,13 +37,16 @@ PATIENCE = 25
 MAX_ATTEMPTS = 10
 
 SETTINGS = {
-    "TESP_DISPATCH__LEASE": str(LEASE),
     "TESP_DISPATCH__TAKE_OVER": "2",
     "TESP_RETRY__BACKOFF": "0.5",
     "TESP_RETRY__MAX_ATTEMPTS": str(MAX_ATTEMPTS),
 }
 
-OF_THE_SITE = {"max_jobs": 4, "cancel_grace": 4.0, "status": {"poll_interval": 1.0, "max_polls": PATIENCE}}
+OF_THE_SITE: dict[str, object] = {
+    "max_jobs": 4,
+    "cancel_grace": 4.0,
+    "status": {"poll_interval": 1.0, "max_polls": PATIENCE},
+}
 """Further keys of the site."""
 
 ON_REPLICAS = ("kill replica", "pause replica", "kill all replicas", "be away till all jobs end", "cut clients")
@@ -126,8 +128,8 @@ def _peer(connection: socket.socket) -> Any:
 class Replica(Service):
     """One of several services on one data directory."""
 
-    def __init__(self, directory: Path, number: int, **variables: str) -> None:
-        super().__init__(directory, **variables)
+    def __init__(self, directory: Path, number: int, port: int, variables: Mapping[str, str]) -> None:
+        super().__init__(directory, port=port, **variables)
         self.log = directory / f"replica{number}.log"
         self.number = number
         self.url: str | None = None
@@ -159,11 +161,12 @@ class Cluster:
         self, directory: Path, store: str, replicas: int = 3, *, carrier: str = "embedded", **variables: str
     ) -> None:
         self.directory = directory
-        self.place = PLACES[carrier](directory, **OF_THE_SITE)
+        self._ports = [free_port() for _ in range(replicas)]
+        self.place = PLACES[carrier](directory, self._ports[0], **OF_THE_SITE)
         self.shared = self.place.shared
         self.mark = f"TMPDIR={self.place.temporary}"
         self.set = ReplicaSet(directory / "mongo", 3) if store == "mongo" else None
-        self._number, self._variables = replicas, variables
+        self._variables = variables
         self.replicas: list[Replica] = []
         self._stack = ExitStack()
 
@@ -173,13 +176,14 @@ class Cluster:
             path.chmod(0o777)
         self._stack.callback(self._end_all)
         variables = {**SETTINGS, "TMPDIR": str(self.place.temporary), **self._variables}
+        variables["TESP_DISPATCH__LEASE"] = str(self.place.lease)
         if self.set is not None:
             self._stack.enter_context(self.set)
             variables["TESP_DB__MONGODB_URI"] = self.set.uri_of("tesp")
         self._stack.callback(self.place.stop)
         self.place.start()
         write_settings(self.directory / "settings.toml", [self.place])
-        self.replicas = [Replica(self.directory, number, **variables) for number in range(self._number)]
+        self.replicas = [Replica(self.directory, number, port, variables) for number, port in enumerate(self._ports)]
         for replica in self.replicas:
             replica.start()
         return self
@@ -264,24 +268,31 @@ class Fault:
     pause: float
 
 
-def draw(seed: int, count: int, tasks: int, kinds: tuple[str, ...], first: tuple[str, ...]) -> list[Fault]:
-    """`count` faults, each kind as often as any other or once more, those of `first` (some of the kinds) before others;
-    spread over nine tenths of the run."""
+def draw(seed: int, count: int, tasks: int, place: Place, others: tuple[str, ...]) -> list[Fault]:
+    """`count` faults, each kind as often as any other or once more, those of the place before others; spread over nine
+    tenths of the run."""
+    first, kinds = place.faults, (*others, *place.faults)
     chance = random.Random(seed)
     drawn = [kind for _ in range(count // len(kinds)) for kind in kinds]
     drawn += chance.sample(first, min(len(first), count - len(drawn)))
-    drawn += chance.sample([kind for kind in kinds if kind not in first], max(0, count - len(drawn)))
+    drawn += chance.sample(others, max(0, count - len(drawn)))
     chance.shuffle(drawn)
     places = sorted(chance.randrange(1, max(2, tasks * 3 // 4)) for _ in drawn)
     return [
-        Fault(kind=kind, at=at, delay=chance.uniform(0, 0.6), who=chance.random(), pause=_pause(kind, chance))
+        Fault(
+            kind=kind, at=at, delay=chance.uniform(0, 0.6), who=chance.random(), pause=_pause(kind, chance, place.lease)
+        )
         for kind, at in zip(drawn, places, strict=True)
     ]
 
 
-def _pause(kind: str, chance: random.Random) -> float:
-    if kind == "pause replica":
-        return LEASE + chance.uniform(0.5, 3)
+def _pause(kind: str, chance: random.Random, lease: float) -> float:
+    if kind == "pause replica":  # it must sleep through its lease
+        return lease + chance.uniform(0.5, 3)
+    if kind == "stop broker":
+        return 20.0
+    if kind == "pause broker":
+        return chance.uniform(2, 12)
     if kind == "pause primary":
         return chance.uniform(2, 6)
     if kind == "pause runner":
@@ -332,6 +343,10 @@ class Storm:
             "kill job group": self._kill_group,
             "pause runner": self._pause_runner,
             "cut Docker": self._cut_docker,
+            "kill broker": self._kill_broker,
+            "stop broker": self._stop_broker,
+            "pause broker": self._pause_broker,
+            "poison updates": self._poison_updates,
             "kill primary": self._kill_primary,
             "pause primary": self._pause_primary,
             "cut store": self._cut_store,
@@ -480,6 +495,40 @@ class Storm:
 
     def _cut_docker(self, fault: Fault) -> str:
         return self._hit(fault, lambda runner: cut(runner.pid, lambda link: str(_peer(link)).endswith("docker.sock")))
+
+    # The broker
+
+    def _broker(self) -> Broker:
+        self.wait("broker")
+        place = self._cluster.place
+        assert isinstance(place, Amqp)
+        return place.broker
+
+    def _kill_broker(self, fault: Fault) -> str:
+        broker = self._broker()
+        broker.kill()
+        self._later(fault.pause, "broker", broker.start)
+        return "kill -9"
+
+    def _stop_broker(self, fault: Fault) -> str:
+        broker = self._broker()
+        broker.stop()
+        self._later(fault.pause, "broker", broker.start)
+        return "in good order"
+
+    def _pause_broker(self, fault: Fault) -> str:
+        broker = self._broker()
+        broker.pause()
+        self._later(fault.pause, "broker", broker.resume)
+        return f"port {broker.port}"
+
+    def _poison_updates(self, fault: Fault) -> str:
+        """Letters for us that nobody can make sense of."""
+        self._broker()
+        place = self._cluster.place
+        assert isinstance(place, Amqp)
+        place.poison("status_update")
+        return "the queue of status updates"
 
     # The store
 

@@ -39,6 +39,9 @@ EXIT_CODE = 3
 BACKLOG = 12
 """Posted tasks that have not ended; no more are posted meanwhile, so that the faults find all stages of a life."""
 
+ERRANDS = 20
+"""Directories of errands that may be left in the end."""
+
 KILLED = "The runner was killed"
 """How the result begins that a reaper writes for its runner."""
 
@@ -279,7 +282,10 @@ class Verdict:
 
     def _directories(self) -> list[str]:
         there = [each.name for each in self._cluster.place.staging.iterdir()]
-        return [f"the job directory {name} is left" for name in there if not name.startswith("tes-runner-")]
+        errands = [name for name in there if name.startswith("tes-errand-")]
+        left = [name for name in there if name not in errands and not name.startswith("tes-runner-")]
+        # The next errand takes away what the one before has left; nobody takes away the last ones of a killed service.
+        return [f"the job directory {name} is left" for name in [*left, *errands[ERRANDS:]]]
 
     def _processes(self) -> list[str]:
         found = [seen for seen in marked(self._cluster.mark) if "runner.pyz" in seen.command]

@@ -12,8 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.pulsars import free_port
-from tests.support import require
+from tests.support import free_port, require
 
 SCRIPTS = Path("/usr/lib/rabbitmq/bin")
 """The scripts that the package's wrappers in /usr/sbin call; those change the user and the directory."""
@@ -88,6 +87,20 @@ class Broker:
                 return
             time.sleep(0.1)
         raise AssertionError(f"RabbitMQ did not start: {(self.directory / 'broker.log').read_text()}")
+
+    @property
+    def group(self) -> int:
+        """Its process group."""
+        assert self._process is not None
+        return self._process.pid
+
+    def pause(self) -> None:
+        """SIGSTOP."""
+        os.killpg(self.group, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        os.killpg(self.group, signal.SIGCONT)
 
     def kill(self) -> None:
         """kill -9 it."""

@@ -91,11 +91,16 @@ class Messenger:
         return data if len(data) <= limit else None
 
     def write(self, job: str, name: str, text: str) -> None:
-        """Put a document into the job's directory, which is made if the job's launch is still to come."""
+        """Put a document into the job's directory, which is made if the job's launch is still to come.
+
+        What is for a job that was removed meanwhile is for nobody: a directory made now would stay for ever.
+        """
         if name not in WRITABLE:
             raise Refused("no such document")
         folder = self._job(job)
         if not os.path.isdir(folder):
+            if self._is_buried(job):
+                return
             os.mkdir(folder, 0o755)
         if os.path.realpath(folder) != folder:
             raise Refused("the job's directory is a link")
@@ -134,14 +139,19 @@ class Messenger:
         """
         if job.startswith("tes-errand-"):
             return
-        for home in os.listdir(self._root):
-            marks = os.path.join(self._root, home, "ran", job[:SHARD])
+        for mark in self._marks(job):
             try:
-                if HOME.match(home):
-                    os.makedirs(marks, 0o700, exist_ok=True)
-                    os.close(os.open(os.path.join(marks, job), os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
+                os.makedirs(os.path.dirname(mark), 0o700, exist_ok=True)
+                os.close(os.open(mark, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
             except OSError:
                 pass  # read-only, or full: then a late launch runs, as it does elsewhere
+
+    def _is_buried(self, job: str) -> bool:
+        return any(os.path.lexists(mark) for mark in self._marks(job))
+
+    def _marks(self, job: str) -> List[str]:
+        homes = [home for home in os.listdir(self._root) if HOME.match(home)]
+        return [os.path.join(self._root, home, "ran", job[:SHARD], job) for home in homes]
 
     def _job(self, job: str) -> str:
         if not JOB.match(job) or HOME.match(job):

@@ -61,8 +61,8 @@ def _survive(directory: Path, store: str, carrier: str, seed: int, tasks: int, c
         posters = Posters(cluster, every)
         posters.start()
         try:
-            kinds = (*ON_REPLICAS, *ON_JOBS, *cluster.place.faults, *(ON_STORE if store == "mongo" else ()))
-            for fault in draw(seed, count, tasks, kinds, cluster.place.faults):
+            kinds = (*ON_REPLICAS, *ON_JOBS, *(ON_STORE if store == "mongo" else ()))
+            for fault in draw(seed, count, tasks, cluster.place, kinds):
                 _until_ended(cluster, posters, fault.at)
                 time.sleep(fault.delay)
                 storm.befall(fault)

@@ -112,7 +112,7 @@ class Watch(threading.Thread):
     def run(self) -> None:
         while not self._over.is_set():
             for site in self._running.service.http.get("/tesp/v1/sites").json()["sites"]:
-                self.most[site["name"]] = max(self.most.get(site["name"], 0), site["jobs"])
+                self.most[site["name"]] = max(self.most.get(site["name"], 0), site["load"]["jobs"])
             time.sleep(0.2)
 
     def stop(self) -> None:

@@ -139,6 +139,15 @@ def test_a_removed_job_is_marked_as_runners_mark_those_that_they_take(staging: P
     assert jobdir.JobDirectory(str(staging / "t-2")).take_id(str(home / "inputs" / "runner.pyz"))
 
 
+def test_a_document_for_a_removed_job_makes_no_directory(staging: Path) -> None:
+    """A cancel and a removal of two services may be under way at the same time."""
+    carry_out(staging, Install(RUNNER), Remove("t-1"))
+    late, early = Write("t-1", "answer.json", "{}"), Write("t-2", "answer.json", "{}")
+    assert carry_out(staging, late, early) == {late: None, early: None}
+    assert not (staging / "t-1").exists()
+    assert (staging / "t-2" / "answer.json").exists()
+
+
 def test_a_damaged_runner_is_replaced_and_a_good_one_left_alone(staging: Path) -> None:
     program = staging / pseudo_job(RUNNER.sha256) / "inputs" / "runner.pyz"
     carry_out(staging, Install(RUNNER))
