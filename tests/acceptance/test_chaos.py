@@ -111,8 +111,8 @@ STORES = {"local": "sqlite", "embedded": "mongo", "rest": "sqlite", "amqp": "mon
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("carrier", PLACES)
-def test_24_tasks_survive_8_faults(tmp_path: Path, carrier: str) -> None:
-    _survive(tmp_path, STORES[carrier], carrier, seed=1, tasks=24, count=8)
+def test_16_tasks_survive_7_faults(tmp_path: Path, carrier: str) -> None:
+    _survive(tmp_path, STORES[carrier], carrier, seed=1, tasks=16, count=7)
 
 
 if os.environ.get("TESP_CHAOS") == "long":
