@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -43,6 +44,7 @@ def main() -> None:
     names = given.carriers or list(PLACES)
     if unknown := set(names) - set(PLACES):
         options.error(f"unknown carriers: {', '.join(sorted(unknown))}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started ends also when this is stopped
     print(bench.machine())
     with tempfile.TemporaryDirectory(prefix="tesp-bench-") as directory, ExitStack() as stack:
         running = [
