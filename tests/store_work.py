@@ -40,13 +40,17 @@ async def add_for_ever(store: SqliteStore) -> None:
 
 
 async def take_all(store: SqliteStore) -> None:
-    """Take and change what is due until nothing is."""
+    """Take and change what is due until nothing is; after the first of it, wait for a word."""
     print("ready", flush=True)
     sys.stdin.readline()
+    first = True
     while taken := await store.take_due(queued=True, now=NOW, lease=1000, limit=7):
         for each in taken:
             assert await store.apply(each.id, Change(version=each.version, system=("mine",))) is not None
         print("\n".join(each.id for each in taken), flush=True)
+        if first:
+            sys.stdin.readline()
+        first = False
 
 
 async def fill_the_disk(store: SqliteStore) -> None:

@@ -99,7 +99,8 @@ class JobDirectory:
     def keep_reserve(self) -> None:
         """Take the room that a result needs, so that there is some when a job has filled the disk."""
         try:
-            os.makedirs(self._metadata, exist_ok=True)
+            if not os.path.isdir(self._metadata):
+                os.mkdir(self._metadata)
             fd = os.open(self._reserve, os.O_CREAT | os.O_WRONLY, 0o600)
             try:
                 os.posix_fallocate(fd, 0, _RESERVE)
@@ -138,7 +139,7 @@ class JobDirectory:
         try:
             fd = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
         except FileNotFoundError:
-            os.makedirs(folder, exist_ok=True)
+            os.mkdir(folder)  # not its parents: a job that was removed must not come back
             fd = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
         try:
             with os.fdopen(fd, "wb") as stream:

@@ -77,7 +77,7 @@ class Site(Protocol):
     async def forget(self, job_id: str, *, force: bool = False) -> bool:
         """Remove what the site keeps of an ended job. False: its process has not left yet, ask again later.
 
-        With `force` it is removed all the same. Unknown jobs are no error.
+        With `force` it is removed all the same; False says that something of it came back. Unknown jobs are no error.
         """
 
     async def check(self) -> str:

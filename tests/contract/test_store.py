@@ -1075,17 +1075,21 @@ def test_two_processes_never_take_the_same_task(file: Path) -> None:
     for each in children:
         assert each.stdout is not None
         assert each.stdout.readline() == "ready\n"
-    printed = []
     for each in children:
         assert each.stdin is not None
         each.stdin.write("go\n")
         each.stdin.flush()
+    printed = [[each.stdout.readline().strip()] for each in children if each.stdout is not None]
     for each in children:
-        printed.append(each.communicate(timeout=30)[0].split())
-        assert each.returncode == 0
+        assert each.stdin is not None
+        each.stdin.write("go on\n")
+        each.stdin.close()
+    for own, each in zip(printed, children, strict=True):
+        assert each.stdout is not None
+        own += each.stdout.read().split()
+        assert each.wait(timeout=30) == 0
+        each.stdout.close()
     assert sorted(printed[0] + printed[1]) == sorted(task.id for task in tasks)
-    assert printed[0]
-    assert printed[1]
 
 
 def test_processes_that_start_together_all_open_the_new_file(file: Path) -> None:

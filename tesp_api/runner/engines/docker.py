@@ -17,6 +17,7 @@ _LEAST_MEMORY = 6 * 1024 * 1024  # Docker refuses less
 _LOST = 60.0  # seconds that a lost engine has to come back
 _SILENT = 15.0  # seconds between two looks at a container of which the engine says nothing
 _KILLED = (137, 143, 255)  # what the containers of an engine that went down end with
+_LATE = (0.0, 0.1, 0.3, 0.6)  # pauses: a busy engine hears of the end before it hears that memory was the reason
 _LABEL = "tesp.job"
 _NO_IMAGE_ENGINE = (
     "No Docker engine answers at %s (%s): install or start Docker, or set container.runtime to bubblewrap or host."
@@ -298,7 +299,7 @@ class _Execution:
         if lost is not None:
             return self._recover(lost)
         if code != 0:
-            self._explain()
+            self._explain(code)
         return code
 
     def _look_after(self, attached: Connection, waiting: Connection) -> None:
@@ -328,19 +329,23 @@ class _Execution:
         except OSError:
             pass  # the container ended without reading it all
 
-    def _explain(self) -> None:
+    def _explain(self, code: int) -> None:
         """Say so if the container came to its memory limit."""
-        try:
-            status, answer = self._engine.call("GET", self._path + "/json")
-        except EngineError:
-            return  # the exit code is known; an engine that goes away just now must not make it forgotten
-        if status == 200 and answer.get("State", {}).get("OOMKilled"):
-            limit = self._engine.setting.plan.ram_bytes
+        limit = self._engine.setting.plan.ram_bytes
+        if any(self._out_of_memory(pause) for pause in (_LATE if limit and code == 137 else (0.0,))):
             asked = " of %g GB" % (limit / 1e9) if limit else ""
             self._engine.setting.note(
                 "executors[%d]: a process was killed at the memory limit%s; ask for more resources.ram_gb."
                 % (self._run.number, asked)
             )
+
+    def _out_of_memory(self, pause: float) -> bool:
+        time.sleep(pause)
+        try:
+            status, answer = self._engine.call("GET", self._path + "/json")
+        except EngineError:
+            return False  # the exit code is known; an engine that goes away just now must not make it forgotten
+        return bool(status == 200 and answer.get("State", {}).get("OOMKilled"))
 
     def _recover(self, error: BaseException) -> int:
         """The engine went away while the container ran: what became of it, once the engine is back."""

@@ -462,7 +462,8 @@ class PulsarSite:
                 if not force:
                     return False
                 await self._kill_before_clean(job_id, status)
-                await self._clean_twice(job_id)
+                if not await self._clean_twice(job_id):
+                    return False
             else:
                 await self._carrier.clean(job_id)
         self._pulses.pop(job_id, None)
@@ -471,14 +472,18 @@ class PulsarSite:
         self._launched_with.pop(job_id, None)
         return True
 
-    async def _clean_twice(self, job_id: str) -> None:
-        """What was killed just now, and Pulsar's own thread, may still write while the directory is being removed."""
+    async def _clean_twice(self, job_id: str) -> bool:
+        """What was killed just now, and Pulsar's own thread, may still write while the directory is being removed.
+
+        Whether nothing is left.
+        """
         for pause in AGAIN:
             await self._carrier.clean(job_id)
             await asyncio.sleep(pause)
             status = await self._status(job_id)
             if status is None or not status.left:
-                return
+                return True
+        return False
 
     async def _until_left(self, job_id: str) -> Status | None:
         status = None
