@@ -126,7 +126,7 @@ class Service:
 
     async def _listen(self, site: Site) -> None:
         async for seen in site.updates():
-            await self.poller.note(seen)
+            await self.poller.note(site.facts.name, seen)
 
     async def _stop(self) -> None:
         for each in self.loops:

@@ -234,8 +234,11 @@ class Poller:
             lambda task: lifecycle.never_stopped(task, now, policy) or lifecycle.observed(task, seen, now, policy),
         )
 
-    async def note(self, seen: Observation) -> None:
-        """Take an observation that a site has pushed; one that is of no use is dropped, since polling finds it too."""
+    async def note(self, site: str, seen: Observation) -> None:
+        """Take an observation that a site has pushed; one that is of no use is dropped, since polling finds it too.
+
+        A site has a say about its own jobs only: it can guess the ids of those that others got after it.
+        """
         try:
             task_id, _ = task_of(seen.job_id)
             task = await self._store.get(task_id, TesView.BASIC)
@@ -244,8 +247,8 @@ class Poller:
         except StoreUnavailable as error:
             log.warning("%s: %s", seen.job_id, error)
             return
-        if task is not None and task.attempt is not None and task.attempt.site in self._policies:
-            await self._note_safely(task, seen, self._policies[task.attempt.site])
+        if task is not None and task.attempt is not None and task.attempt.site == site:
+            await self._note_safely(task, seen, self._policies[site])
 
     def _clean_up_earlier(self, task: Task) -> None:
         """Beside a look now and then: end what was given up, as soon as its site answers again."""

@@ -699,12 +699,24 @@ async def test_pushed_observations(world: World) -> None:
     await world.step()
     its = world.site.job()
     for job_id in ("", "x", "x-y", f"{task.id}-2", "0" * 26 + "-1", f"{task.id}-99999999999999999999", "é-1"):
-        await world.poller.note(Observation(job_id=job_id, phase=Phase.ENDED, exit_code=1))
+        await world.poller.note("a", Observation(job_id=job_id, phase=Phase.ENDED, exit_code=1))
     assert await world.state(task) is S.INITIALIZING
     its.end()
-    await world.poller.note(its.seen())
+    await world.poller.note("a", its.seen())
     assert await world.state(task) is S.COMPLETE
-    await world.poller.note(Observation(job_id=f"{task.id}-1", phase=Phase.UNKNOWN))
+    await world.poller.note("a", Observation(job_id=f"{task.id}-1", phase=Phase.UNKNOWN))
+    assert await world.state(task) is S.COMPLETE
+
+
+@on(SiteFacts(name="a"), SiteFacts(name="b"))
+async def test_a_site_has_no_say_about_the_jobs_of_another(world: World) -> None:
+    (task,) = await world.add(resources={"backend_parameters": {"site": "b"}})
+    await world.step()
+    its = world.sites["b"].job()
+    its.end()
+    await world.poller.note("a", its.seen())
+    assert await world.state(task) is S.INITIALIZING
+    await world.poller.note("b", its.seen())
     assert await world.state(task) is S.COMPLETE
 
 
@@ -712,7 +724,7 @@ def test_a_push_while_the_store_is_away_is_dropped() -> None:
     async def main() -> None:
         async with SqliteStore(":memory:") as store:
             world = World(store)
-        await world.poller.note(Observation(job_id="0" * 26 + "-1", phase=Phase.ENDED))
+        await world.poller.note("a", Observation(job_id="0" * 26 + "-1", phase=Phase.ENDED))
 
     asyncio.run(main())
 
@@ -971,7 +983,7 @@ async def test_the_same_job_that_is_over_already_is_left_to_the_clean_up(world: 
     task, gate, sleeper = await asleep_in_a_submit(world)
     await world.step(1)
     world.site.job().end()
-    await world.poller.note(world.site.job().seen())
+    await world.poller.note("a", world.site.job().seen())
     assert await world.state(task) is S.COMPLETE
     gate.set()
     await sleeper.drain()

@@ -282,7 +282,7 @@ async def test_a_job_whose_service_is_elsewhere_is_not_disturbed(world: World) -
         result = world.directory / "site" / f"{task_id}-1" / "metadata" / "progress.json"
         await until(lambda: result.exists() and json.loads(result.read_bytes())["phase"] == "done")
         (seen,) = await service.sites["here"].observe([f"{task_id}-1"])
-        await service.poller.note(seen)
+        await service.poller.note("here", seen)
         task = await world.state(task_id, *FINAL)
         assert task["logs"][0]["logs"][0]["stdout"] == "all the same\n"
 
