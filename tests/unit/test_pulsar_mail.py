@@ -26,7 +26,8 @@ NOW = "2026-01-31T12:00:00.000000Z"
 
 
 class SmallPulsar:
-    """See Post. Jobs other than errands are only known once they were set up; what is `deaf` is passed over.
+    """See Post. Jobs other than errands are only known once they were set up; what is `deaf` is passed over;
+    the way to it is `broken` for those who ask about another job than these.
 
     `gate` holds errands back; `ends` says how an errand ends instead of well; `alone`: letters are all there is.
     """
@@ -41,6 +42,7 @@ class SmallPulsar:
         self.gate.set()
         self.ends: dict[str, Any] | None = None
         self.deaf: set[str] = set()
+        self.broken: set[str] = set()
         self.silent = False
         self.room = messenger.ROOM
         self.states: dict[str, str] = {}
@@ -52,6 +54,8 @@ class SmallPulsar:
     async def send(self, box: str, letter: Mapping[str, object]) -> None:
         job_id = str(letter["job_id"])
         self.sent.append((box, job_id))
+        if self.broken and job_id not in self.broken:
+            raise SiteUnavailable("The way is broken.", unsent=True)
         if self.silent:
             return
         if box == "setup" and is_errand(job_id):
@@ -182,6 +186,17 @@ def test_a_question_that_pulsar_passes_over_has_no_answer(tmp_path: Path) -> Non
         assert len(post.sent) == 5  # one question more for all who waited
         assert await carrier.status("t-1") is None
         assert len(post.sent) == 7
+
+    with_pulsar(test, tmp_path, slow=0.2)
+
+
+def test_a_later_question_that_cannot_be_sent_says_nothing_of_an_earlier_one(tmp_path: Path) -> None:
+    """None would say that Pulsar has the job; a submit would take that for its success."""
+
+    async def test(post: SmallPulsar, carrier: MailCarrier) -> None:
+        post.deaf = post.broken = {"t-1"}
+        with pytest.raises(SiteUnavailable, match="The way is broken"):
+            await carrier.status("t-1")
 
     with_pulsar(test, tmp_path, slow=0.2)
 

@@ -199,8 +199,12 @@ class MailCarrier:
                     number = next(self._numbers)
                     if await _is_there(answer, self._slow):
                         return answer.result()
-                    await asyncio.wait((answer, self._later_answer(number)), return_when=asyncio.FIRST_COMPLETED)
-                    return answer.result() if await _is_there(answer, self._slow / 2) else None
+                    later = self._later_answer(number)
+                    await asyncio.wait((answer, later), return_when=asyncio.FIRST_COMPLETED)
+                    if await _is_there(answer, self._slow / 2):
+                        return answer.result()
+                    later.result()  # a later question that failed says nothing of this one
+                    return None
         except TimeoutError:
             raise SiteUnavailable(f"{self._post.where} did not answer in time; does Pulsar run there?") from None
 
