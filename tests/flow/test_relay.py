@@ -17,6 +17,7 @@ from tesp_api.api import relay as relay_api
 from tesp_api.api.relay import Account
 from tesp_api.errors import SiteRefused, SiteUnavailable
 from tesp_api.relay import Manager
+from tesp_api.sites.pulsar import errand
 from tesp_api.sites.pulsar.post import KILL, SETUP, STATUS
 from tesp_api.sites.pulsar.relay import RelayPost
 from tesp_api.store.mailbox import BOX_LETTERS, LETTER_BYTES, Mailbox
@@ -261,6 +262,22 @@ async def test_a_question_that_was_handed_out_may_be_asked_again(b: Bench) -> No
     (message,) = await b.poll(header)
     await b.post.send(STATUS, {"job_id": "a"})
     assert ids(await b.poll(header, job_status_request=message["message_id"])) == ["a"]
+
+
+@on
+async def test_questions_to_a_pulsar_that_is_away_do_not_fill_its_box(b: Bench) -> None:
+    """Each look whether it is back is a question about a new errand."""
+    for _ in range(BOX_LETTERS + 1):
+        await b.post.send(STATUS, {"job_id": errand.new_id(), "request": "status"})
+    await b.post.send(KILL, {"job_id": "t-1"})
+    headers = await login(b.client)
+    b.clock.now += relay_api.SETTLE
+    asked, seen = await b.poll(headers), list[str]()
+    while asked:
+        seen += [each["topic"] for each in asked]
+        asked = await b.poll(headers, job_kill=asked[-1]["message_id"])
+    assert seen[-1] == MANAGER.kill
+    assert len(seen) <= 257
 
 
 @on

@@ -15,6 +15,7 @@ from typing import Final, Self
 
 from tesp_api.errors import MailboxFull, SiteRefused, SiteUnavailable, StoreUnavailable
 from tesp_api.relay import Manager, write_letter
+from tesp_api.sites.pulsar.errand import is_errand
 from tesp_api.sites.pulsar.post import KILL, SETUP, STATUS
 from tesp_api.store.mailbox import LETTER_BYTES, Letter, Mailbox, rung
 
@@ -26,6 +27,9 @@ LOOK_EVERY: Final = 0.5
 KEEP: Final = 4.0
 """Seconds for which a letter that was worked on is kept: every process of ours reads all of them, since the answer to a
 question is known only to the one that asked."""
+
+ERRAND_SLOT: Final = len("tes-errand-") + 2
+"""Characters of an errand's name that tell the places of questions about errands apart."""
 
 EXPIRE_EVERY: Final = 3600.0
 EXPIRE_AFTER: Final = 7 * 86400.0
@@ -63,8 +67,7 @@ class RelayPost:
         text = write_letter(topic, json.dumps(letter, separators=(",", ":")))
         if len(text) > LETTER_BYTES:
             raise SiteRefused(f"A letter of {len(text)} bytes is too long for the relay ({LETTER_BYTES}).")
-        job_id = letter.get("job_id")
-        key = f"{topic} {job_id if isinstance(job_id, str) else secrets.token_hex(8)}"
+        key = f"{topic} {_slot(letter.get('job_id'), asked=box == STATUS)}"
         try:
             # A kill or a question may have been handed out already, and be repeated because nothing came of it.
             await self._mailbox.put(self._manager.outbox, text, key, instead=box != SETUP)
@@ -137,6 +140,17 @@ class RelayPost:
                 version = document.get("pulsar_version") if isinstance(document, dict) else None
                 return version[:100] if isinstance(version, str) else ""
         return ""
+
+
+def _slot(job_id: object, *, asked: bool) -> str:
+    """Letters of one topic that have the same one take each other's place.
+
+    Questions about errands are about a new one each time, also while their Pulsar is away, and must not fill the box:
+    they share a few hundred places. One that has lost its own is old, or is asked again.
+    """
+    if not isinstance(job_id, str):
+        return secrets.token_hex(8)
+    return job_id[:ERRAND_SLOT] if asked and is_errand(job_id) else job_id
 
 
 def _document(letter: Letter) -> object:
