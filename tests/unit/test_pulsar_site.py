@@ -9,6 +9,7 @@ from typing import Self
 
 import pytest
 
+from tesp_api.errors import SiteUnavailable
 from tesp_api.runner import job
 from tesp_api.runner.bundle import Bundle
 from tesp_api.sites import SiteFacts, documents
@@ -230,6 +231,15 @@ def test_a_submit_is_repeated_only_where_it_was_not_accepted(state: str, calls: 
     carrier = Memory(Status(state))
     asyncio.run(site(carrier).submit(job.Plan(job_id=ID, task_id="t", executors=[])))
     assert carrier.calls == calls
+
+
+def test_by_mail_no_answer_about_a_job_does_not_mean_that_it_was_accepted() -> None:
+    carrier = Memory(None)
+    carrier.by_mail = True
+    with pytest.raises(SiteUnavailable, match="whether it has the job") as caught:
+        asyncio.run(site(carrier).submit(job.Plan(job_id=ID, task_id="t", executors=[])))
+    assert not caught.value.unsent
+    assert carrier.calls == ["deliver"]
 
 
 def test_a_missing_runner_is_delivered_again_once() -> None:

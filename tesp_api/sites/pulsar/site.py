@@ -150,6 +150,8 @@ class PulsarSite:
                 status = await self._status(plan.job_id)
             except SiteUnavailable as error:
                 raise SiteUnavailable(str(error), unsent=plan.job_id not in self._launched_with) from error
+            if status is None and self._carrier.by_mail:  # its answer may have been lost with a broker
+                raise SiteUnavailable("Pulsar answers, but does not tell whether it has the job.")
             if status is None or status.state not in (LOST, "preprocessing"):
                 return
             self._launched_with[plan.job_id] = self._deliveries
