@@ -21,6 +21,7 @@ from tesp_api.runner import job
 from tesp_api.runner.bundle import Bundle, command
 from tesp_api.sites import SiteFacts, documents
 from tesp_api.sites.pulsar import messages
+from tesp_api.sites.pulsar.lately import Lately
 from tesp_api.sites.pulsar.messages import ANSWER, ENDED, JOBDIR, LOST, PROGRESS, RESULT, RUNNING, WAITING, Status
 from tesp_api.task import Observation, Phase
 
@@ -120,11 +121,11 @@ class PulsarSite:
         self._delivery: asyncio.Task[None] | None = None
         self._delivered = False
         self._deliveries = 0
-        self._launched_with: dict[str, int] = {}  # job id -> number of deliveries before its launch
-        self._pulses: dict[str, _Pulse] = {}
-        self._seen: dict[str, _Seen] = {}
+        self._launched_with = Lately[int]()  # number of deliveries before the launch
+        self._pulses = Lately[_Pulse]()
+        self._seen = Lately[_Seen]()
         self._looking: dict[str, asyncio.Task[job.Progress | None]] = {}
-        self._on_the_way: set[str] = set()  # launched by mail, and not known to Pulsar yet
+        self._on_the_way = Lately[None]()  # launched by mail, and not known to Pulsar yet
 
     async def __aenter__(self) -> Self:
         await self._carrier.__aenter__()
@@ -157,7 +158,7 @@ class PulsarSite:
             self._launched_with[plan.job_id] = self._deliveries
             await self._carrier.launch(launch)
             if self._carrier.by_mail and status.state == LOST:
-                self._on_the_way.add(plan.job_id)
+                self._on_the_way[plan.job_id] = None
 
     async def _deliver(self) -> None:
         """One delivery for all who need it; one who gives up waiting does not break it off."""
@@ -182,7 +183,7 @@ class PulsarSite:
 
     def _hear(self, job_id: str, status: Status | None) -> None:
         if status is not None and status.state != LOST:
-            self._on_the_way.discard(job_id)
+            self._on_the_way.pop(job_id, None)
 
     def _suspect_runner(self, job_id: str) -> None:
         """A job could not start the runner: deliver it anew, unless that was done since the job's launch."""
@@ -470,7 +471,7 @@ class PulsarSite:
                 await self._carrier.clean(job_id)
         self._pulses.pop(job_id, None)
         self._seen.pop(job_id, None)
-        self._on_the_way.discard(job_id)
+        self._on_the_way.pop(job_id, None)
         self._launched_with.pop(job_id, None)
         return True
 
