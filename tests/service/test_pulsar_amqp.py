@@ -372,6 +372,32 @@ def test_a_broker_that_dies_and_comes_back(own_world: World, tmp_path: Path) -> 
     asyncio.run(main())
 
 
+def test_what_is_under_way_when_the_connection_is_given_up_is_unavailable(tmp_path: Path) -> None:
+    """The broker hangs. What is sent after the question whether it does is still on its way when that is answered."""
+    broker = Broker(tmp_path)
+
+    async def send(post: AmqpPost, number: int) -> None:
+        with pytest.raises(SiteUnavailable):
+            await post.send("kill", {"job_id": f"t-{number}"})
+
+    async def main() -> None:
+        async with AmqpPost(broker.url, timeout=10.0, check_every=0.1) as post, asyncio.timeout(LONG):
+            await post.send("kill", {"job_id": "t-0"})
+            broker.pause()
+            sent: list[asyncio.Task[None]] = []
+            while not any(each.done() for each in sent):
+                sent.append(asyncio.create_task(send(post, len(sent))))
+                await asyncio.sleep(0.1)
+            await asyncio.gather(*sent)
+
+    try:
+        broker.start()
+        asyncio.run(main())
+    finally:
+        broker.resume()
+        broker.remove()
+
+
 def test_a_pulsar_that_dies_while_jobs_wait_run_and_end(own_world: World, tmp_path: Path) -> None:
     async def main() -> None:
         release, started, witness = tmp_path / "release", tmp_path / "started", tmp_path / "witness"

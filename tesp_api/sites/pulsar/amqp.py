@@ -14,10 +14,10 @@ import json
 import logging
 import random
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import aio_pika
 from aio_pika.abc import (
@@ -37,6 +37,8 @@ from tesp_api.sites import documents
 from tesp_api.sites.pulsar.post import KILL, SETUP, STATUS
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 EXCHANGE: Final = "pulsar"
 STATUS_UPDATE: Final = "status_update"
@@ -122,7 +124,7 @@ class AmqpPost:
         message = self._message(box, letter)
         try:
             async with self._sending:
-                await exchange.publish(message, self._name(box), mandatory=True, timeout=self._timeout)
+                await _ours(exchange.publish(message, self._name(box), mandatory=True, timeout=self._timeout))
         except amqp.PublishError as error:  # given back: no queue; connecting again declares it
             self._broken.set()
             raise SiteUnavailable(f"{self._broker} has no queue {self._name(box)!r} any more.", unsent=True) from error
@@ -147,8 +149,8 @@ class AmqpPost:
             found, document = await self._document(message)
             if found:
                 yield document
-            with suppress(amqp.AMQPError, OSError, RuntimeError):  # then it comes again
-                await message.ack()
+            with suppress(Exception):  # whatever closed the connection; then it comes again
+                await _ours(message.ack())
 
     async def copies(self) -> AsyncIterator[object]:
         """See Post."""
@@ -204,8 +206,8 @@ class AmqpPost:
             connection: AbstractConnection | None = None
             try:
                 async with asyncio.timeout(self._timeout):
-                    connection = await aio_pika.connect(self._url)
-                    shared = await self._open(connection)
+                    connection = await _ours(aio_pika.connect(self._url))
+                    shared = await _ours(self._open(connection))
                 self._tell("")
                 pause = 0.0
                 await self._until_broken(shared)
@@ -259,7 +261,7 @@ class AmqpPost:
                 return
             except TimeoutError:
                 async with asyncio.timeout(self._timeout):
-                    found = await shared.declare()
+                    found = await _ours(shared.declare())
                 if not found.consumer_count:
                     return
 
@@ -302,6 +304,18 @@ def _reason(error: BaseException) -> str | None:
     if isinstance(error, OSError) and not isinstance(error, amqp.AMQPError):
         return f"cannot be reached: {documents.words(error.strerror or str(error), 120) or type(error).__name__}."
     return None
+
+
+async def _ours(work: Awaitable[T]) -> T:
+    """What comes of `work`; ConnectionError if that is cancelled, but not whoever waits for it here: when a connection
+    is closed, aiormq calls all cancelled that is under way on it, and the waiting task would end without a word."""
+    try:
+        return await work
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise ConnectionError("it was closed") from None
 
 
 def _told(error: BaseException) -> str:
