@@ -298,6 +298,8 @@ async def test_a_letter_that_is_too_long_is_refused(b: Bench) -> None:
 def test_a_store_that_is_away_is_a_site_that_may_have_heard() -> None:
     async def main() -> None:
         post = RelayPost(SqliteStore(":memory:").mail, MANAGER)
+        with pytest.raises(SiteUnavailable):
+            await post.version()
         with pytest.raises(SiteUnavailable) as caught:
             await post.send(SETUP, {"job_id": "a"})
         assert not caught.value.unsent

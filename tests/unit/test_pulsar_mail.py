@@ -94,6 +94,9 @@ class SmallPulsar:
     def copies(self) -> AsyncIterator[object] | None:
         return None if self.alone else self._copies()
 
+    async def version(self) -> str:
+        return "0.16.0"
+
     async def _copies(self) -> AsyncIterator[object]:
         while True:
             yield await self.copies_.get()
@@ -188,6 +191,14 @@ def test_a_question_that_pulsar_passes_over_has_no_answer(tmp_path: Path) -> Non
         assert len(post.sent) == 7
 
     with_pulsar(test, tmp_path, slow=0.2)
+
+
+def test_a_check_is_a_question_and_tells_the_version(tmp_path: Path) -> None:
+    async def test(post: SmallPulsar, carrier: MailCarrier) -> None:
+        assert await carrier.check() == "0.16.0"
+        assert [box for box, _ in post.sent] == ["status"]
+
+    with_pulsar(test, tmp_path)
 
 
 def test_a_later_question_that_cannot_be_sent_says_nothing_of_an_earlier_one(tmp_path: Path) -> None:

@@ -160,6 +160,10 @@ class AmqpPost:
             if found:
                 yield document
 
+    async def version(self) -> str:
+        """See Post: over a broker Pulsar gives none."""
+        return ""
+
     # Messages
 
     def _message(self, box: str, letter: Mapping[str, object]) -> aio_pika.Message:

@@ -139,9 +139,9 @@ class MailCarrier:
             self._taken.set()
 
     async def check(self) -> str:
-        """See Carrier: a question about a job that is nowhere. No letter tells Pulsar's version."""
+        """See Carrier: a question about a job that is nowhere, whose answer does not tell the version."""
         await self.status(errand.new_id())
-        return ""
+        return await self._post.version()
 
     # Letters
 

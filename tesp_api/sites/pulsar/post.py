@@ -36,6 +36,9 @@ class Post(Protocol):
         """The same documents as they come, for each process that listens, to wake who waits for an answer; none of them
         is kept for anybody. None: there are no copies, because `letters` brings this process what it waits for."""
 
+    async def version(self) -> str:
+        """The version that Pulsar gave by letter when it started; empty if it gave none."""
+
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(

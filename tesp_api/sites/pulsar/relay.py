@@ -130,10 +130,13 @@ class RelayPost:
                 await self._mailbox.drop(self._manager.inbox, last)
 
     async def version(self) -> str:
-        """The version that this Pulsar gave when it last started; empty if it has not said."""
-        said = await self._mailbox.read(self._manager.about)
-        if len(said) > 1:
-            await self._mailbox.drop(self._manager.about, said[-2].id)
+        """See Post."""
+        try:
+            said = await self._mailbox.read(self._manager.about)
+            if len(said) > 1:
+                await self._mailbox.drop(self._manager.about, said[-2].id)
+        except StoreUnavailable as error:
+            raise SiteUnavailable(f"The store did not tell what {self.where} says of itself: {error}") from error
         with suppress(ValueError, RecursionError):
             for each in said[-1:]:
                 document = json.loads(each.text)
