@@ -163,7 +163,7 @@ class ServiceInfo(Section):
 class Db(Section):
     """The store."""
 
-    mongodb_uri: str = ""
+    mongodb_uri: str = Field(default="", repr=False)
 
 
 class FileRootSettings(Section):
@@ -197,10 +197,10 @@ class SiteKeys(Section):
 class Pulsar(SiteKeys):
     """One Pulsar behind a REST address, or behind a message broker."""
 
-    url: OptionalWebUrl = ""
+    url: OptionalWebUrl = Field(default="", repr=False)
     amqp_url: Annotated[str, AfterValidator(_broker_or_nothing)] = Field(default="", repr=False)
     amqp_key_prefix: str = Field(default="", pattern="^[A-Za-z0-9_.-]{0,100}$")
-    private_token: str = ""
+    private_token: str = Field(default="", repr=False)
     manager: str = ""
     client_timeout: float = Field(default=30.0, gt=0)
     batch: bool = False
@@ -272,7 +272,7 @@ class BasicAuth(Section):
 
     enable: bool = False
     username: str = ""
-    password: str = ""
+    password: str = Field(default="", repr=False)
 
 
 class OAuth(Section):

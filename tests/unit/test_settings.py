@@ -131,6 +131,13 @@ def test_secrets_are_not_in_the_message(tmp_path: Path) -> None:
     assert "s3cret" not in refused(written(tmp_path, f'{RELAY}\nname = "a"\nmanager = 1\n{RELAY}\nname = "a"'))
     assert "s3cret" not in repr(load(written(tmp_path, f'{RELAY}\nname = "a"\n'), {}))
     assert "s3cret" not in repr(load(written(tmp_path, '[default.pulsar]\namqp_url = "amqp://u:s3cret@h"\n'), {}))
+    secrets = {
+        "TESP_PULSAR__URL": "https://u:s3cret@h",
+        "TESP_PULSAR__PRIVATE_TOKEN": "s3cret",
+        "TESP_DB__MONGODB_URI": "mongodb://u:s3cret@h",
+        "TESP_BASIC_AUTH__PASSWORD": "s3cret",
+    }
+    assert "s3cret" not in repr(load(written(tmp_path, ""), secrets))
 
 
 def test_profiles(tmp_path: Path) -> None:
