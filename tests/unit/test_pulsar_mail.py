@@ -398,7 +398,7 @@ def test_a_look_does_not_wait_long_for_an_errand_nor_does_its_failure_hide_that_
         (seen,) = await site.observe(["t-1"])
         assert seen.progress is not None
 
-    with_pulsar(test, tmp_path, timeout=0.3)
+    with_pulsar(test, tmp_path, timeout=2.0)
 
 
 def test_a_job_on_the_way_is_not_taken_for_gone(tmp_path: Path) -> None:
@@ -481,7 +481,7 @@ def test_a_kill_goes_out_also_where_no_errand_runs(tmp_path: Path) -> None:
             await site.cancel("t-1", force=True)
         assert ("kill", "t-1") in post.sent
 
-    with_pulsar(test, tmp_path, timeout=0.3)
+    with_pulsar(test, tmp_path, timeout=2.0)
 
 
 def test_an_end_without_a_result_is_looked_up_beside_the_other_news(tmp_path: Path) -> None:
