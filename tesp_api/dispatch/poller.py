@@ -58,7 +58,7 @@ class Poller:
         self._clock = clock
         self._health = health or Health(sites, clock)
         self._at_work: set[asyncio.Task[None]] = set()
-        self._cleaning: set[str] = set()  # tasks of whose earlier attempts something is being removed
+        self._cleaning: set[tuple[str, bool]] = set()  # tasks that are cleaned up after, and whether they were over
         self._stopping: dict[str, asyncio.Task[None]] = {}  # cancels under way, by job id
         self._calm = dict(policies)
         self._counted: float | None = None
@@ -72,7 +72,7 @@ class Poller:
         by_site: dict[str, list[Task]] = defaultdict(list)
         for task in tasks:
             if task.final:
-                self._start(self._clean_up(task, lifecycle.unforgotten(task)), f"clean up {task.id}")
+                self._begin_clean_up(task, lifecycle.unforgotten(task))
             elif task.state is TesState.CANCELING and task.attempt is not None:
                 # To cancel can take as long as a submit under way; that must not keep the others waiting.
                 self._start(self._look(task.attempt.site, [task]), f"cancel {task.id}")
@@ -253,15 +253,16 @@ class Poller:
     def _clean_up_earlier(self, task: Task) -> None:
         """Beside a look now and then: end what was given up, as soon as its site answers again."""
         now_and_then = task.attempt is not None and task.attempt.looks % EARLIER_EVERY == 0
-        if now_and_then and task.id not in self._cleaning and (earlier := lifecycle.running_on(task)):
-            self._cleaning.add(task.id)
-            self._start(self._clean_up(task, earlier), f"clean up before {task.id}")
+        if now_and_then and (earlier := lifecycle.running_on(task)):
+            self._begin_clean_up(task, earlier)
 
-    async def _clean_up(self, task: Task, attempts: Sequence[Attempt]) -> None:
-        try:
-            await self._forget_all(task, attempts)
-        finally:
-            self._cleaning.discard(task.id)
+    def _begin_clean_up(self, task: Task, attempts: Sequence[Attempt]) -> None:
+        """Unless it is under way: where it takes longer than a lease, each of these would begin it once more."""
+        key = task.id, task.final
+        if key not in self._cleaning:
+            self._cleaning.add(key)
+            under_way = self._start(self._forget_all(task, attempts), f"clean up {task.id}")
+            under_way.add_done_callback(lambda _: self._cleaning.discard(key))
 
     async def _forget_all(self, task: Task, attempts: Sequence[Attempt]) -> None:
         done = frozenset([each.number for each in attempts if await self._forget(each)])
@@ -275,11 +276,12 @@ class Poller:
             return True  # a site that is configured no more is its admin's to clean
         late = attempt.ended is not None and self._clock() - attempt.ended > 30
         try:
-            if attempt.abandoned:  # each time: a kill that did not arrive would leave the job running
-                await site.cancel(attempt.job_id, force=True)
-            return await site.forget(attempt.job_id, force=late)
-        except SiteError as error:
-            log.info("clean-up of %s: %s", attempt.job_id, error)
+            async with asyncio.timeout(site.facts.patience):
+                if attempt.abandoned:  # each time: a kill that did not arrive would leave the job running
+                    await site.cancel(attempt.job_id, force=True)
+                return await site.forget(attempt.job_id, force=late)
+        except (SiteError, TimeoutError) as error:
+            log.info("clean-up of %s: %s", attempt.job_id, str(error) or "no answer in time")
             return False
         except Exception:
             log.exception("clean-up of %s failed", attempt.job_id)

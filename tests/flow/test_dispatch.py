@@ -619,6 +619,35 @@ async def test_forget_is_repeated_until_it_works(world: World) -> None:
     assert (await world.get(task)).due_at is None
 
 
+@on()
+async def test_a_clean_up_that_takes_long_is_begun_once(world: World) -> None:
+    arrive = asyncio.Event()
+
+    class Slow(SiteDouble):
+        async def forget(self, job_id: str, *, force: bool = False) -> bool:
+            self.calls.append(("begun", job_id))
+            await arrive.wait()
+            return await super().forget(job_id, force=force)
+
+    site = Slow(world.site.facts)
+    world.sites["a"] = site
+    world.restart()
+    (task,) = await world.add()
+    await world.dispatcher.tick()
+    await world.dispatcher.drain()
+    site.job().end()
+    await world.poller.note("a", site.job().seen())
+    for _ in range(5):
+        assert await world.poller.tick() == 1
+        await asyncio.sleep(0)
+        world.now += 2 * POLICY.lease
+    assert site.calls.count(("begun", f"{task.id}-1")) == 1
+    arrive.set()
+    await world.poller.drain()
+    assert site.forgotten == [f"{task.id}-1"]
+    assert (await world.get(task)).due_at is None
+
+
 @pytest.mark.parametrize(
     ("code", "started", "attempts"),
     [(2, False, 2), (76, False, 2), (1, False, 2), (1, True, 2), (137, False, 2), (0, False, 2)],
