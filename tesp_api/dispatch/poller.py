@@ -8,6 +8,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from tesp_api import lifecycle
@@ -210,7 +211,8 @@ class Poller:
             log.warning("%s: %s", seen.job_id, error)  # the lease brings the task back
         except Exception as error:
             log.exception("noting what %s does failed", seen.job_id)
-            await self._be_patient(task, f"The service failed: {error!r}", policy)
+            with suppress(StoreUnavailable):  # as above; and no loop that listens to a site may end by it
+                await self._be_patient(task, f"The service failed: {error!r}", policy)
 
     async def _note(self, task: Task, seen: Observation, policy: Policy) -> None:
         attempt = task.attempt

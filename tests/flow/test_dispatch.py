@@ -16,7 +16,7 @@ from tesp_api.dispatch.health import Health
 from tesp_api.dispatch.inspector import Inspector
 from tesp_api.dispatch.poller import Poller
 from tesp_api.errors import SiteRefused, SiteUnavailable, StoreUnavailable
-from tesp_api.lifecycle import Policy
+from tesp_api.lifecycle import Change, Policy
 from tesp_api.runner.job import FileRoot, Plan
 from tesp_api.sites import SiteFacts
 from tesp_api.store import Bell, Query, Ring
@@ -754,6 +754,30 @@ def test_a_push_while_the_store_is_away_is_dropped() -> None:
         async with SqliteStore(":memory:") as store:
             world = World(store)
         await world.poller.note("a", Observation(job_id="0" * 26 + "-1", phase=Phase.ENDED))
+
+    asyncio.run(main())
+
+
+def test_a_bug_about_a_push_while_the_store_goes_away_ends_no_listener() -> None:
+    class Failing(SqliteStore):
+        errors: list[Exception]
+
+        async def apply(self, task_id: str, change: Change, *, before: float | None = None) -> Task | None:
+            if self.errors:
+                raise self.errors.pop(0)
+            return await super().apply(task_id, change, before=before)
+
+    async def main() -> None:
+        async with Failing(":memory:") as store:
+            store.errors = []
+            world = World(store)
+            (task,) = await world.add()
+            await world.step()
+            world.site.job().end()
+            store.errors = [RuntimeError("a bug"), StoreUnavailable("away")]
+            await world.poller.note("a", world.site.job().seen())
+            assert not store.errors
+            assert (await world.until_final(task)).state is S.COMPLETE
 
     asyncio.run(main())
 
