@@ -147,6 +147,25 @@ def test_a_refusal_for_good_is_told_from_one_for_now(desk: Desk, words: str, is_
         assert result.system_logs == ["Slurm refused the job: Invalid partition name specified."]
 
 
+@pytest.mark.parametrize(
+    ("words", "cancels"),
+    [
+        ("Batch job submission failed: Socket timed out on send/recv operation", ["--name=pulsar_t-1"]),
+        ("Batch job submission failed: Invalid account or account/partition combination specified", None),
+        ("Batch job submission failed: Slurm temporarily unable to accept job, sleeping and retrying", None),
+    ],
+)
+def test_a_submit_without_an_answer_is_taken_back(desk: Desk, words: str, cancels: list[str] | None) -> None:
+    """Slurm may have the job; the service is about to try another."""
+    told = desk.job.parent / "told"
+    desk.program("sbatch", f"echo 'sbatch: error: {words}' >&2; exit 1")
+    desk.program("scancel", f'printf "%s\\n" "$@" > {told}')
+    done = desk.submitted()
+    assert done.returncode == 1
+    assert words.split(": ")[-1] in done.stderr
+    assert (told.read_text().splitlines() if told.exists() else None) == cancels
+
+
 def test_a_controller_that_starts_anew_is_waited_for(desk: Desk) -> None:
     seen = desk.job / "seen"
     away = "echo 'sbatch: error: Batch job submission failed: Unable to contact slurm controller' >&2; exit 1"
