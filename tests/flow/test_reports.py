@@ -305,9 +305,9 @@ class Relay:
         return server
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
         up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self._port)
         self._writers |= {writer, up_writer}
+        self.connections += 1  # only now: a cut that comes before would miss it
         with suppress(OSError, asyncio.CancelledError):
             await asyncio.gather(self._copy(reader, up_writer), self._copy(up_reader, writer))
 
