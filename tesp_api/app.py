@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from tesp_api import __version__
-from tesp_api.api import PREFIXES, Api, ServiceDescription, extensions, problems, router
+from tesp_api.api import Api, ServiceDescription, extensions, problems, router
 from tesp_api.api import relay as relay_api
 from tesp_api.api.jobs import PATH, Jobs
 from tesp_api.api.openapi import add_docs, openapi
@@ -226,10 +226,7 @@ def _add_api(app: FastAPI, service: Service, creates: Creates, settings: Setting
         sites=[_facts(settings, keys) for keys in _all_site_settings(settings)],
         clock=service.store.clock,
     )
-    routes = router(api)
-    for prefix in PREFIXES:
-        app.include_router(routes, prefix=prefix)
-    app.router.routes.extend(extensions(api).routes)
+    app.router.routes.extend([*router(api).routes, *extensions(api).routes])
     add_docs(app)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
 
