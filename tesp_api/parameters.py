@@ -103,7 +103,7 @@ def lane(spec: TesTask) -> str:
     return f"{cpus} {ram}" if special == _NOTHING_SPECIAL else f"{cpus} {ram} {_digest(json.dumps(special))}"
 
 
-_NOTHING_SPECIAL: Final = [[None, False, None, []], [None, [], False]]
+_NOTHING_SPECIAL: Final[list[list[object]]] = [[None, False, None, []], [None, [], False]]
 
 
 def _digest(text: str) -> str:
