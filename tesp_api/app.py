@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
@@ -21,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from tesp_api import __version__
-from tesp_api.api import PREFIXES, Api, ServiceDescription, extensions, problems, router
+from tesp_api.api import Api, ServiceDescription, extensions, problems, router
 from tesp_api.api import relay as relay_api
 from tesp_api.api.jobs import PATH, Jobs
 from tesp_api.api.openapi import add_docs, openapi
@@ -226,10 +227,7 @@ def _add_api(app: FastAPI, service: Service, creates: Creates, settings: Setting
         sites=[_facts(settings, keys) for keys in _all_site_settings(settings)],
         clock=service.store.clock,
     )
-    routes = router(api)
-    for prefix in PREFIXES:
-        app.include_router(routes, prefix=prefix)
-    app.router.routes.extend(extensions(api).routes)
+    app.router.routes.extend([*router(api).routes, *extensions(api).routes])
     add_docs(app)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
 
@@ -280,6 +278,17 @@ def _store(settings: Settings) -> SqliteStore | MongoStore:
     if settings.db.mongodb_uri:
         return MongoStore(settings.db.mongodb_uri)
     return SqliteStore(settings.server.data_dir.absolute() / SQLITE_FILE)
+
+
+def settle() -> None:
+    """Set up this process's garbage collector to serve: call it once, when the application is there.
+
+    What there is by then stays, and need not be looked through again and again. And one request makes so many objects,
+    all of which go without its help, that it would run at every other one.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5_000, 20, 20)
 
 
 async def migrate(settings: Settings) -> tuple[int, int]:

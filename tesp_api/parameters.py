@@ -54,6 +54,8 @@ class Offer:
     queues: tuple[str, ...] = ()
 
 
+_NO_WISHES: Final = Wishes()
+
 Offers = Mapping[str, Offer]
 """The offers of all sites, by name."""
 
@@ -67,6 +69,8 @@ def known(offers: Offers) -> tuple[str, ...]:
 def read_wishes(resources: TesResources | None) -> Wishes:
     """What a stored task asks for; a value that makes no sense counts as none."""
     given = _given(resources)
+    if not given:
+        return _NO_WISHES
     queue = given.get(QUEUE_KEY)
     return Wishes(
         site=given.get(SITE) or None,
@@ -96,11 +100,10 @@ def lane(spec: TesTask) -> str:
         [wishes.site, wishes.batch, wishes.queue, sorted(asked.items())],
         [resources.disk_gb, sorted(set(resources.zones or ())), bool(resources.preemptible)] if resources else [],
     ]
-    text = json.dumps(special)
-    return f"{cpus} {ram}" if text == _NOTHING_SPECIAL else f"{cpus} {ram} {_digest(text)}"
+    return f"{cpus} {ram}" if special == _NOTHING_SPECIAL else f"{cpus} {ram} {_digest(json.dumps(special))}"
 
 
-_NOTHING_SPECIAL: Final = json.dumps([[None, False, None, []], [None, [], False]])
+_NOTHING_SPECIAL: Final[list[list[object]]] = [[None, False, None, []], [None, [], False]]
 
 
 def _digest(text: str) -> str:

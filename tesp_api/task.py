@@ -193,6 +193,7 @@ READ_ONLY = {"id", "state", "logs", "creation_time"}
 """Fields of a TES task that only the server sets."""
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+_PAIRS = [first + second for first in _ALPHABET for second in _ALPHABET]
 _last_id = 0
 _id_lock = threading.Lock()
 _bits: list[int] = []
@@ -208,9 +209,9 @@ def new_id(now: float) -> str:
     with _id_lock:
         number = (int(now * 1000) << 80) | _random_bits()
         if number <= _last_id:  # the same millisecond, or the clock went back
-            number = _last_id + 1 + secrets.randbits(40)
+            number = _last_id + 1 + (number & 0xFFFFFFFFFF)  # of the random bits, which went nowhere else
         _last_id = number
-    return "".join(_ALPHABET[(number >> shift) & 31] for shift in range(125, -5, -5))
+    return "".join([_PAIRS[(number >> shift) & 1023] for shift in range(120, -10, -10)])
 
 
 def _random_bits() -> int:

@@ -527,8 +527,7 @@ def _infer_types(document: dict[str, Any]) -> None:
         return
     parents = set()
     for path in _declared(document, items):
-        while "/" in path[1:]:
-            path = path.rpartition("/")[0]
+        while (path := path.rpartition("/")[0]) and path not in parents:
             parents.add(path)
     for item in untyped:
         url = item.get("url")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import httpx
 from fastapi import FastAPI
 
-from tesp_api.api import PREFIXES, Api, ServiceDescription, extensions, problems, router
+from tesp_api.api import Api, ServiceDescription, extensions, problems, router
 from tesp_api.api.openapi import add_docs, openapi
 from tesp_api.store import TaskStore
 from tesp_api.task import Attempt, Bodies, Task, job_id, new_task
@@ -74,10 +74,7 @@ def api_app(store: TaskStore, **options: Any) -> FastAPI:
     app = FastAPI(title="Test TES", version="1.2.3", docs_url=None, redoc_url=None)
     problems.install(app)
     api = Api(store=store, **options)
-    routes = router(api)
-    for prefix in PREFIXES:
-        app.include_router(routes, prefix=prefix)
-    app.router.routes.extend(extensions(api).routes)
+    app.router.routes.extend([*router(api).routes, *extensions(api).routes])
     add_docs(app)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
     return app

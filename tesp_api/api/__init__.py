@@ -11,22 +11,26 @@ from tesp_api.api.sites import Sites
 from tesp_api.api.tasks import Access, Api, Tasks, everyone
 
 PREFIXES = ("/ga4gh/tes/v1", "/v1")
-"""Where the router belongs: the path of the standard, and the one that older clients know."""
+"""Where TES lies: the path of the standard, and the one that older clients know."""
 
 
 def router(api: Api) -> APIRouter:
-    """The five operations of TES, to be included under each of `PREFIXES`; documented by `openapi`."""
+    """The five operations of TES under each of `PREFIXES`, with whole paths; documented by `openapi`.
+
+    Routes are tried in their order, so the one that most requests are for comes first.
+    """
     tasks = Tasks(api)
     info = ServiceInfo(api.service)
     routes = APIRouter()
-    for path, methods in (
-        ("/service-info", Methods(GET=info.current)),
-        ("/tasks/service-info", Methods(GET=info.old)),
-        ("/tasks", Methods(GET=tasks.list, POST=tasks.create)),
-        ("/tasks/{id}:cancel", Methods(POST=tasks.cancel)),
-        ("/tasks/{id}", Methods(GET=tasks.get)),
-    ):
-        methods.add_to(routes, path)
+    for prefix in PREFIXES:
+        for path, methods in (
+            ("/tasks", Methods(GET=tasks.list, POST=tasks.create)),
+            ("/tasks/service-info", Methods(GET=info.old)),
+            ("/tasks/{id}:cancel", Methods(POST=tasks.cancel)),
+            ("/tasks/{id}", Methods(GET=tasks.get)),
+            ("/service-info", Methods(GET=info.current)),
+        ):
+            methods.add_to(routes, prefix + path)
     return routes
 
 

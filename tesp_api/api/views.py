@@ -15,13 +15,14 @@ from tesp_api.tes import TesState, TesView
 Document = dict[str, Any]
 
 _NOTHING = Bodies()
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class Json(JSONResponse):
     """JSON in UTF-8. Text that UTF-8 cannot hold (a node may send anything) becomes question marks."""
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        return _encode(content).encode("utf-8", "replace")
 
 
 def show(task: Task, view: TesView, *, fold_canceling: bool = False, fold_attempts: bool = False) -> Document:

@@ -10,7 +10,7 @@ import typer
 import uvicorn
 
 from tesp_api import logs
-from tesp_api.app import create_app
+from tesp_api.app import create_app, settle
 from tesp_api.errors import TespError
 from tesp_api.settings import Settings, load, prepare_data_dir
 
@@ -32,6 +32,7 @@ def serve(
         app = create_app(settings)
     except TespError as error:
         raise _cannot_start(error) from None
+    settle()
     uvicorn.run(app, host=settings.server.host, port=settings.server.port, **_options(settings))
 
 

@@ -13,9 +13,12 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import chain, groupby
+from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -48,7 +51,10 @@ from tesp_api.store.mailbox import (
 from tesp_api.task import ACTIVE, FINAL, Bodies, Tail, Task, put_attempt
 from tesp_api.tes import TesState, TesView
 
+A = TypeVar("A")
+R = TypeVar("R")
 T = TypeVar("T")
+_Add = tuple[Task, Once | None]
 
 _ACTIVE = ", ".join(f"'{state}'" for state in sorted(ACTIVE))
 _FINAL = ", ".join(f"'{state}'" for state in sorted(FINAL))
@@ -168,7 +174,16 @@ _MINIMAL = "task.id, task.state, task.version, task.due_at, task.created, task.o
 _BASIC = _MINIMAL + ", task.attempts, (SELECT text FROM document WHERE document.task_id = task.id)"
 _UNANSWERED = "SELECT task_id, created, sender FROM unanswered WHERE body = ?1 AND created > ?3 AND created <= ?4"
 _ALL = "task AS lead WHERE 1"
+# Two ranges of the primary key: a burst of equal creates at one process is passed over, however long it is.
+_MARKED = "WITH asked (n, body, sender, since, until) AS (VALUES {}) SELECT n FROM asked WHERE " + " OR ".join(
+    "EXISTS (SELECT 1 FROM unanswered AS mark WHERE mark.body = asked.body"
+    f" AND mark.sender {sign} asked.sender AND created > since AND created <= until)"
+    for sign in "<>"
+)
+_TASK = "task (id, state, version, due_at, created, owner, name, site, cpus, ram_gb, attempts, ended, key, body, lane)"
 BATCH = 256
+LOT = 16
+"""Rows in one statement, at most."""
 _OURS = (sqlite3.OperationalError, sqlite3.DatabaseError)
 """What the disk or another process did; anything else is the caller's."""
 
@@ -208,7 +223,7 @@ class SqliteStore:
         return time.time()
 
     async def add(self, task: Task, once: Once | None = None) -> Repeat | None:
-        repeat = await self._writer.call(lambda db: _add(db, task, once), durable=True)
+        repeat = await self._writer.call_joined(_add_all, (task, once), durable=True)
         if repeat is None:
             self.bell.ring(Ring.QUEUED)
         return repeat
@@ -320,9 +335,16 @@ class _Worker:
         self._thread = None
 
     async def call(self, function: Callable[[sqlite3.Connection], T], *, durable: bool = False) -> T:
+        return await self.call_joined(lambda db, _: [function(db)], None, durable=durable)
+
+    async def call_joined(
+        self, function: Callable[[sqlite3.Connection, list[A]], list[T]], argument: A, *, durable: bool = False
+    ) -> T:
+        """As `call`; but calls of one function that wait one behind the other are made as one, with their arguments in
+        a list, for a list of results."""
         if not self._open_for_calls or self._loop is None:
             raise StoreUnavailable("The store is not open.")
-        call = _Call(function, durable, self._loop.create_future())
+        call = _Call(function, argument, durable, self._loop.create_future())
         self._calls.put(call)
         result: T = await call.future
         return result
@@ -334,7 +356,13 @@ class _Worker:
                 Path(self._path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 Path(self._path).touch(mode=0o600)  # tasks may hold secrets
             patience = 1 if self._alone else 30
-            db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=patience)
+            db = sqlite3.connect(
+                self._path,
+                isolation_level=None,
+                check_same_thread=False,
+                timeout=patience,
+                cached_statements=256,  # those with many rows, in each length, and all others
+            )
             if self._alone:
                 db.execute("PRAGMA locking_mode = EXCLUSIVE")
             db.execute("PRAGMA journal_mode = WAL")
@@ -393,13 +421,17 @@ class _Worker:
 
     def _all_ran(self, db: sqlite3.Connection, calls: list[_Call]) -> bool:
         """Run the calls; False if one failed, which holds the error then, and nothing of the transaction is left."""
-        for call in calls:
+        for function, each in groupby(calls, key=attrgetter("function")):
+            joined = list(each)
             try:
-                call.result, call.error = call.function(db), None
+                results = function(db, [call.argument for call in joined])
             except Exception as error:
-                call.error = _known(error)
+                for call in joined:
+                    call.error = _known(error)
                 _roll_back(db)
                 return False
+            for call, result in zip(joined, results, strict=True):
+                call.result, call.error = result, None
         return True
 
     def _flush_to_disk(self, db: sqlite3.Connection, durable: bool) -> None:
@@ -420,9 +452,14 @@ def _known(error: Exception) -> Exception:
 
 class _Call:
     def __init__(
-        self, function: Callable[[sqlite3.Connection], Any], durable: bool, future: asyncio.Future[Any]
+        self,
+        function: Callable[[sqlite3.Connection, list[Any]], list[Any]],
+        argument: Any,
+        durable: bool,
+        future: asyncio.Future[Any],
     ) -> None:
         self.function = function
+        self.argument = argument
         self.durable = durable
         self.future = future
         self.result: Any = None
@@ -458,70 +495,126 @@ def _migrate(db: sqlite3.Connection, migrations: Sequence[str] = MIGRATIONS) -> 
 # The statements
 
 
-def _add(db: sqlite3.Connection, task: Task, once: Once | None = None) -> Repeat | None:
-    if once is not None and (repeat := _repeat(db, once)) is not None:
-        return repeat
+def _add_all(db: sqlite3.Connection, adds: Sequence[_Add]) -> list[Repeat | None]:
+    """Keep tasks, with the same outcome as one after the other; for each what it repeats."""
+    repeats: list[Repeat | None] = []
+    while len(repeats) < len(adds):
+        some = list(_unlike(adds[len(repeats) :]))
+        found = _repeats(db, [once for _, once in some])
+        _insert_all(db, [add for add, repeat in zip(some, found, strict=True) if repeat is None])
+        repeats += found
+    return repeats
+
+
+def _unlike(adds: Sequence[_Add]) -> Iterator[_Add]:
+    """The first of them, up to one that may repeat another one of them."""
+    senders: dict[str, str] = {}
+    for task, once in adds:
+        if once is not None:
+            mark = once.key or once.body
+            if mark in senders and (once.key or senders[mark] != once.sender):
+                return
+            senders.setdefault(mark, once.sender)
+        yield task, once
+
+
+def _insert_all(db: sqlite3.Connection, adds: Sequence[_Add]) -> None:
+    _insert(db, _TASK, [_task_row(task, once) for task, once in adds])
+    marks = [
+        (once.body, once.sender, task.id, task.created) for task, once in adds if once is not None and not once.key
+    ]
+    _insert(db, "unanswered", marks)
+    _insert(db, "document (task_id, text)", [(task.id, task.document) for task, _ in adds])
+    tags = [(key, value, task.id) for task, _ in adds for key, value in (task.spec.tags or {}).items()]
+    _insert(db, "tag (key, value, task_id)", tags)
+    for task, _ in adds:
+        if task.bodies is not None:
+            _put_bodies(db, task.id, [*content_rows(task.bodies), *stream_rows(task.bodies.streams)])
+            for number, lines in task.bodies.system.items():
+                _add_lines(db, task.id, number, lines)
+
+
+def _task_row(task: Task, once: Once | None) -> tuple[Any, ...]:
     cpus, ram_gb = asked(task)
     key, body = (once.key, once.body) if once is not None and once.key else (None, None)
-    db.execute(
-        "INSERT INTO task"
-        " (id, state, version, due_at, created, owner, name, site, cpus, ram_gb, attempts, ended, key, body, lane)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            task.id,
-            task.state,
-            task.version,
-            task.due_at,
-            task.created,
-            task.owner,
-            task.spec.name or "",
-            task.attempt.site if task.attempt else None,
-            cpus,
-            ram_gb,
-            attempts_to_json(task.attempts),
-            ended_at(task),
-            key,
-            body,
-            lane(task.spec),
-        ),
+    return (
+        task.id,
+        task.state,
+        task.version,
+        task.due_at,
+        task.created,
+        task.owner,
+        task.spec.name or "",
+        task.attempt.site if task.attempt else None,
+        cpus,
+        ram_gb,
+        attempts_to_json(task.attempts),
+        ended_at(task),
+        key,
+        body,
+        lane(task.spec),
     )
-    if once is not None and not once.key:
-        db.execute("INSERT INTO unanswered VALUES (?, ?, ?, ?)", (once.body, once.sender, task.id, task.created))
-    db.execute("INSERT INTO document (task_id, text) VALUES (?, ?)", (task.id, task.document))
-    tags = (task.spec.tags or {}).items()
-    db.executemany("INSERT INTO tag (key, value, task_id) VALUES (?, ?, ?)", [(k, v, task.id) for k, v in tags])
-    _put_bodies(db, task.id, content_rows(task.bodies))
-    if task.bodies is not None:
-        _put_bodies(db, task.id, stream_rows(task.bodies.streams))
-        for number, lines in task.bodies.system.items():
-            _add_lines(db, task.id, number, lines)
-    return None
+
+
+def _repeats(db: sqlite3.Connection, onces: Sequence[Once | None]) -> list[Repeat | None]:
+    marked: set[int] = set()
+    asked_for = [(n, *_mark_of(once)) for n, once in enumerate(onces) if once is not None and not once.key]
+    for rows in _some(asked_for):
+        if len(rows) == 1:
+            marked.add(rows[0][0])  # perhaps; one alone is looked for at once
+            continue
+        marked.update(n for (n,) in db.execute(_MARKED.format(_values(5, len(rows))), [*chain(*rows)]))
+    return [
+        _repeat(db, once) if once is not None and (once.key or n in marked) else None for n, once in enumerate(onces)
+    ]
 
 
 def _repeat(db: sqlite3.Connection, once: Once) -> Repeat | None:
     if once.key:
         row = db.execute("SELECT id, created, body FROM task WHERE key = ?", (once.key,)).fetchone()
         return Repeat(row[0], row[1], row[2], by_key=True) if row else None
-    # Two ranges of the primary key: a burst of equal creates at this process is passed over, however long it is.
     row = db.execute(
-        f"{_UNANSWERED} AND sender < ?2 UNION ALL {_UNANSWERED} AND sender > ?2 LIMIT 1",
-        (once.body, once.sender, once.since, once.until),
+        f"{_UNANSWERED} AND sender < ?2 UNION ALL {_UNANSWERED} AND sender > ?2 LIMIT 1", _mark_of(once)
     ).fetchone()
     return Repeat(row[0], row[1], once.body, by_key=False, sender=row[2]) if row else None
 
 
+def _mark_of(once: Once) -> tuple[str, str, float, float]:
+    return once.body, once.sender, once.since, once.until
+
+
 def _answered(db: sqlite3.Connection, sender: str, creates: Mapping[str, str]) -> None:
-    db.executemany(
-        "DELETE FROM unanswered WHERE body = ? AND sender = ? AND task_id = ?",
-        [(body, sender, task_id) for task_id, body in creates.items()],
-    )
+    for rows in _some([(body, sender, task_id) for task_id, body in creates.items()]):
+        given = f"SELECT * FROM (VALUES {_values(3, len(rows))})"  # without SELECT, SQLite would read the whole table
+        db.execute(f"DELETE FROM unanswered WHERE (body, sender, task_id) IN ({given})", [*chain(*rows)])
 
 
-def _put_bodies(db: sqlite3.Connection, task_id: str, rows: Iterable[tuple[str, int, int, str]]) -> None:
-    db.executemany(
-        "INSERT OR REPLACE INTO body (task_id, kind, attempt, position, text) VALUES (?, ?, ?, ?, ?)",
-        [(task_id, *row) for row in rows],
-    )
+def _put_bodies(db: sqlite3.Connection, task_id: str, rows: Sequence[tuple[str, int, int, str]]) -> None:
+    if rows:
+        db.executemany(
+            "INSERT OR REPLACE INTO body (task_id, kind, attempt, position, text) VALUES (?, ?, ?, ?, ?)",
+            [(task_id, *row) for row in rows],
+        )
+
+
+# Many rows in one statement: at each step of a statement Python lets go of the interpreter, and while the event loop is
+# busy this thread would have to wait for it, once for every row.
+
+
+def _insert(db: sqlite3.Connection, into: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    for some in _some(rows):
+        db.execute(f"INSERT INTO {into} VALUES {_values(len(some[0]), len(some))}", [*chain(*some)])
+
+
+def _some(rows: Sequence[R]) -> Iterator[Sequence[R]]:
+    """The rows in lots: their statements are of few different lengths, and are prepared once."""
+    for at in range(0, len(rows), LOT):
+        yield rows[at : at + LOT]
+
+
+@cache
+def _values(columns: int, rows: int) -> str:
+    return ", ".join([f"({', '.join('?' * columns)})"] * rows)
 
 
 def _add_lines(db: sqlite3.Connection, task_id: str, number: int, lines: Sequence[str]) -> None:
