@@ -247,9 +247,9 @@ async def _poison(url: str, queue: str) -> None:
 PLACES: Mapping[str, type[Place]] = {each.carrier: each for each in (Place, Embedded, Rest, Amqp, Relay)}
 
 
-def write_settings(path: Path, places: Sequence[Place]) -> None:
-    """A settings.toml with these sites and the engine of the tests."""
-    sections: dict[str, dict[str, object]] = {"container": {"runtime": "docker", "docker_host": docker_host()}}
+def write_settings(path: Path, places: Sequence[Place], **sections: Mapping[str, object]) -> None:
+    """A settings.toml with these sites, the engine of the tests, and `sections` of other keys."""
+    sections = {"container": {"runtime": "docker", "docker_host": docker_host()}, **sections}
     if reporting := [place for place in places if place.reports]:
         sections["server"] = {"public_url": reporting[0].url}
     lines = []

@@ -23,15 +23,18 @@ class JobDirectory:
         self._working = os.path.join(root, "working")
         self._reserve = os.path.join(self._metadata, ".reserve")
         self._answer = os.path.join(root, "answer.json")
+        self._lock = os.path.join(root, "tes-lock")
+        self._locked = False
         self._seen: Optional[Any] = None
         self._cancel = False
 
     def take_lock(self) -> bool:
         """Whether this process is the first runner in this directory, ever. Pulsar wipes `working`: not there."""
         try:
-            os.close(os.open(os.path.join(self.root, "tes-lock"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            os.close(os.open(self._lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         except FileExistsError:
             return False
+        self._locked = True
         return True
 
     def take_id(self, archive: str) -> bool:
@@ -74,7 +77,10 @@ class JobDirectory:
             return None
 
     def cancel_asked(self) -> bool:
-        """Whether an answer asks for a cancel. Half-written answers count for nothing; a wish once seen stays."""
+        """Whether an answer asks for a cancel. Half-written answers count for nothing; a wish once seen stays.
+
+        Who removes the directory of a running job wants it no more, and can tell it in no other way.
+        """
         if self._cancel:
             return True
         try:
@@ -84,6 +90,8 @@ class JobDirectory:
                 return False
             self._cancel = job.read_answer(_load(self._answer)).cancel is True
             self._seen = mark
+        except FileNotFoundError:
+            self._cancel = self._locked and not os.path.lexists(self._lock)
         except (OSError, ValueError):
             pass
         return self._cancel

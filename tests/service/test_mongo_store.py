@@ -161,7 +161,7 @@ def test_an_index_of_an_older_release_gives_way(uri: str, database: Any) -> None
 
     run(go())
     found = database.task.index_information()
-    assert [name for name, _ in found["due"]["key"]] == ["queued", "due_at", "_id"]
+    assert [name for name, _ in found["due"]["key"]] == ["queued", "due_at", "lane", "_id"]
     assert found["key"]["unique"]
 
 

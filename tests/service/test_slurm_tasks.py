@@ -34,7 +34,9 @@ def service(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     directory = tmp_path_factory.mktemp("service")
     pulsar = pulsar_with(slurm, directory / "pulsar")
     (directory / "shared").mkdir()
-    place = Place(directory, "slurm", url=pulsar.url, private_token=pulsar.token, batch=True, client_timeout=60.0)
+    place = Place(
+        directory, 0, name="slurm", url=pulsar.url, private_token=pulsar.token, batch=True, client_timeout=60.0
+    )
     place.keys["carrier"] = "rest"
     retry = {"backoff": 0.1, "max_attempts": 2}
     write_settings(directory / "settings.toml", [place], container={"runtime": "host"}, retry=retry)
