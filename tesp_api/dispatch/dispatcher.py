@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from tesp_api import lifecycle
-from tesp_api.dispatch import place
+from tesp_api.dispatch import loop, place
 from tesp_api.dispatch.health import Health
 from tesp_api.dispatch.lanes import BATCH, MOST, Lanes, Waits
 from tesp_api.dispatch.place import Choice
@@ -130,11 +130,14 @@ class Dispatcher:
         return await self._store.next_due(queued=True, skip=self._queue.passed_over())
 
     async def drain(self) -> None:
-        """Wait for the submits under way, and let others place."""
-        if self._right is not None:
-            await self._right.give_back()
-        while self._submitting:
-            await asyncio.wait(self._submitting)
+        """Wait for the submits under way, and let others place. Cancelled, it ends them."""
+        try:
+            if self._right is not None:
+                await self._right.give_back()
+            while self._submitting:
+                await asyncio.wait(self._submitting)
+        finally:
+            await loop.end(self._submitting)
 
     async def _assign_safely(self, task: Task, loads: dict[str, Load]) -> bool:
         """A mistake of ours about one task must not hold up the others."""

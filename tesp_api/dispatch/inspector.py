@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tesp_api.dispatch import loop
 from tesp_api.dispatch.health import Health
 from tesp_api.errors import SiteClosed, SiteError
 from tesp_api.sites import Site
@@ -103,10 +104,7 @@ class Inspector:
 
     async def drain(self) -> None:
         """End the checks under way; nobody waits for what they find."""
-        checks = list(self._asking.values())
-        for each in checks:
-            each.cancel()
-        await asyncio.gather(*checks, return_exceptions=True)
+        await loop.end(self._asking.values())
 
 
 def _document(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from tesp_api.errors import StoreUnavailable
@@ -64,6 +64,14 @@ async def run(ticker: Ticker, bell: Bell, clock: Callable[[], float] = time.time
             await listener.wait(pause, ticker.wakes_on())
         else:
             await asyncio.sleep(0)
+
+
+async def end(work: Iterable[asyncio.Task[None]]) -> None:
+    """End what is under way. Left alone, it would go on while store and sites are being closed, and blame them."""
+    left = list(work)
+    for each in left:
+        each.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
 
 
 async def _pause(ticker: Ticker, clock: Callable[[], float]) -> float:

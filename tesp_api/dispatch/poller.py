@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from tesp_api import lifecycle
+from tesp_api.dispatch import loop
 from tesp_api.dispatch.health import Health
 from tesp_api.errors import SiteClosed, SiteError, StoreUnavailable
 from tesp_api.lifecycle import Policy
@@ -102,9 +103,12 @@ class Poller:
         return await self._store.next_due(queued=False)
 
     async def drain(self) -> None:
-        """Wait for the looks under way."""
-        while self._at_work:
-            await asyncio.wait(self._at_work)
+        """Wait for the looks under way. Cancelled, it ends them."""
+        try:
+            while self._at_work:
+                await asyncio.wait(self._at_work)
+        finally:
+            await loop.end(self._at_work)
 
     def _start(self, work: Awaitable[None], name: str) -> asyncio.Task[None]:
         under_way: asyncio.Task[None] = asyncio.create_task(work, name=name)  # type: ignore[arg-type]

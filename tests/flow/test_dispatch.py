@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -488,6 +488,52 @@ async def test_a_cancel_that_hangs_holds_up_nobody(world: World) -> None:
             await asyncio.sleep(0)
     hanging.set()
     await world.poller.drain()
+
+
+@pytest.mark.parametrize("call", ["submit", "observe"])
+def test_a_stop_that_waits_no_longer_ends_what_is_under_way(call: str) -> None:
+    """Left alone, it would go on while the site is being closed, and write that the site failed."""
+
+    @on()
+    async def go(world: World) -> None:
+        begun, ended = asyncio.Event(), asyncio.Event()
+
+        async def hang() -> None:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+        class Hanging(SiteDouble):
+            async def submit(self, plan: Plan) -> None:
+                await (hang() if call == "submit" else super().submit(plan))
+
+            async def observe(self, job_ids: Sequence[str]) -> Sequence[Observation]:
+                await hang()
+                return []
+
+        world.sites["a"] = Hanging(world.site.facts)
+        world.restart()
+        (task,) = await world.add()
+        await world.dispatcher.tick()
+        if call == "observe":
+            await world.dispatcher.drain()
+            world.now += 1
+            await world.poller.tick()
+        async with asyncio.timeout(60):
+            await begun.wait()
+        before = await world.get(task)
+        stop = asyncio.gather(world.dispatcher.drain(), world.poller.drain())
+        await asyncio.sleep(0)
+        stop.cancel()
+        async with asyncio.timeout(60):
+            await asyncio.gather(stop, return_exceptions=True)
+            await ended.wait()
+            await asyncio.gather(world.dispatcher.drain(), world.poller.drain())  # nothing is left
+        assert await world.get(task) == before, "the lease brings it back"
+
+    go()
 
 
 @on()
