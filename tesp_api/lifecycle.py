@@ -331,6 +331,11 @@ def _known_since(seen: Observation, now: float) -> float | None:
     return now if known else None
 
 
+def has_begun(seen: Observation) -> bool:
+    """Whether a runner has taken the job."""
+    return seen.result is not None or (seen.progress is not None and seen.progress.phase != "waiting")
+
+
 def _has_started(task: Task, seen: Observation) -> bool:
     return task.state is TesState.RUNNING or (seen.progress is not None and seen.progress.started is not None)
 

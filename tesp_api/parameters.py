@@ -98,12 +98,16 @@ def lane(spec: TesTask) -> str:
     wishes = read_wishes(resources)
     special = [
         [wishes.site, wishes.batch, wishes.queue, sorted(asked.items())],
-        [resources.disk_gb, sorted(set(resources.zones or ())), bool(resources.preemptible)] if resources else [],
+        _kind(resources) if resources else [],
     ]
     return f"{cpus} {ram}" if special == _NOTHING_SPECIAL else f"{cpus} {ram} {_digest(json.dumps(special))}"
 
 
-_NOTHING_SPECIAL: Final[list[list[object]]] = [[None, False, None, []], [None, [], False]]
+_NOTHING_SPECIAL: Final[list[list[object]]] = [[None, False, None, []], [0, [], False]]
+
+
+def _kind(resources: TesResources) -> list[object]:
+    return [size_class(resources.disk_gb), sorted(set(resources.zones or ())), bool(resources.preemptible)]
 
 
 def _digest(text: str) -> str:

@@ -2,8 +2,8 @@
 
 A site that gives no usable answer three times running gets no new jobs; looks at those that it has go on, and any
 answer closes the circuit. One that refuses us altogether gets none either; after a pause, once it answers at all, it is
-tried with a single job, and only a job that it takes closes the circuit. All this is what one process knows: nothing
-is lost with it, and another that does not know it yet finds out by itself.
+tried with a single job, and only a job that it takes closes the circuit (that begins, if one before it could not). All
+this is what one process knows: nothing is lost with it, and another that does not know it yet finds out by itself.
 """
 
 from __future__ import annotations
@@ -30,11 +30,15 @@ IDLE = 30.0
 
 @dataclass
 class Circuit:
-    """What is known of one site. Times are seconds since the epoch; None: never."""
+    """What is known of one site. Times are seconds since the epoch; None: never.
+
+    `lame`: it takes jobs, but they cannot start there.
+    """
 
     failures: int = 0
     opened: bool = False
     refused: bool = False
+    lame: bool = False
     probed: bool = False
     pause: float = FIRST_PAUSE
     tried: float = 0.0
@@ -62,7 +66,7 @@ class Circuit:
 
     def close(self) -> None:
         """All is well."""
-        self.opened = self.refused = self.probed = False
+        self.opened = self.refused = self.lame = self.probed = False
         self.failures, self.pause = 0, FIRST_PAUSE
 
 
@@ -96,9 +100,10 @@ class Health:
             circuit.open(now)
             self.changes += 1
 
-    def refused(self, site: str, reason: str) -> None:
-        """It takes nothing from us, whatever the job."""
+    def refused(self, site: str, reason: str, *, lame: bool = False) -> None:
+        """It takes nothing from us, whatever the job; or (`lame`) took one and could not even start it."""
         circuit, now = self.of(site), self._clock()
+        circuit.lame = circuit.lame or lame
         circuit.error, circuit.error_at = reason, now
         if not circuit.refused:
             log.warning("The site %r takes no jobs from us; its tasks wait: %s", site, reason)
@@ -123,12 +128,20 @@ class Health:
 
     def took(self, site: str) -> None:
         """It took a job."""
+        if not self.of(site).lame:
+            self._is_well(site)
+        self.answers(site)
+
+    def began(self, site: str) -> None:
+        """A job has begun there."""
+        self._is_well(site)
+
+    def _is_well(self, site: str) -> None:
         circuit = self.of(site)
         if circuit.refused:
             log.info("The site %r takes jobs again.", site)
             circuit.close()
             self.changes += 1
-        self.answers(site)
 
     # What follows
 

@@ -232,7 +232,9 @@ class Poller:
             return
         await record_tail(self._store, task, seen)
         if attempt is not None and seen.result is None and seen.exit_code in lifecycle.NO_PYTHON:
-            self._health.refused(attempt.site, lifecycle.NO_PYTHON[seen.exit_code])
+            self._health.refused(attempt.site, lifecycle.NO_PYTHON[seen.exit_code], lame=True)
+        elif attempt is not None and lifecycle.has_begun(seen):
+            self._health.began(attempt.site)
         now = self._clock()
         await record(
             self._store,

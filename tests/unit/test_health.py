@@ -103,6 +103,24 @@ def test_a_refusal_opens_it_at_once_and_only_a_job_that_is_taken_closes_it() -> 
     assert state(health, clock) == "up"
 
 
+def test_a_site_that_takes_jobs_which_cannot_start_is_well_only_when_one_begins() -> None:
+    health, clock = both()
+    health.refused("a", "no python3", lame=True)
+    clock.now += 2
+    health.answers("a")
+    health.sends("a")
+    health.took("a")
+    assert not health.takes("a"), "it took the others, too"
+    health.refused("a", "no python3", lame=True)
+    clock.now += 4
+    health.answers("a")
+    health.sends("a")
+    health.took("a")
+    health.began("a")
+    assert health.takes("a")
+    assert state(health, clock) == "up"
+
+
 def test_who_is_asked() -> None:
     health, clock = both()
     assert health.wants_a_check("a"), "nothing is known of it"
