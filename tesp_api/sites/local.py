@@ -49,6 +49,7 @@ class LocalSite:
         self._runner = runner
         self._argv = [python, *shlex.split(command(runner.sha256))[1:]]
         self._exits: dict[str, subprocess.Popen[bytes]] = {}
+        self._reapers: dict[str, threading.Thread] = {}
         self._files = JobFiles(self._directory)
         self._watch = Watch(self._files)
 
@@ -118,7 +119,9 @@ class LocalSite:
         process = Process.of(child.pid) or Process(child.pid, 0)
         process.note(root / "launched")
         self._exits[job_id] = child
-        threading.Thread(target=self._reap, args=(job_id, child), name=f"reap {job_id}", daemon=True).start()
+        reaper = threading.Thread(target=self._reap, args=(job_id, child), name=f"reap {job_id}", daemon=True)
+        self._reapers[job_id] = reaper
+        reaper.start()
 
     def _reap(self, job_id: str, child: subprocess.Popen[bytes]) -> None:
         code = child.wait()
@@ -196,6 +199,8 @@ class LocalSite:
             deadline = time.monotonic() + GONE_WITHIN
             while _is_taken(root / "alive") and time.monotonic() < deadline:  # noqa: ASYNC110 - another process's
                 await asyncio.sleep(0.01)
+        if (reaper := self._reapers.pop(job_id, None)) is not None:  # it still writes the exit code
+            await asyncio.to_thread(reaper.join, GONE_WITHIN)
         await asyncio.to_thread(_remove, root)
         self._exits.pop(job_id, None)
         return True

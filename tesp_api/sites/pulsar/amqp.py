@@ -210,7 +210,8 @@ class AmqpPost:
             connection: AbstractConnection | None = None
             try:
                 async with asyncio.timeout(self._timeout):
-                    connection = await _ours(aio_pika.connect(self._url))
+                    connection = aio_pika.Connection(aio_pika.connection.make_url(self._url))  # to close it if it fails
+                    await _ours(connection.connect())
                     shared = await _ours(self._open(connection))
                 self._tell("")
                 pause = 0.0
