@@ -40,6 +40,9 @@ class Place:
     lease = 3.5
     """Seconds; short, so that a test need not wait for a take-over."""
 
+    patience = 25
+    """Seconds of silence after which the crash suite gives an attempt up: more than what lies between may be away."""
+
     reports = False
     """Whether its jobs report over HTTP; else their tails come as files."""
 
@@ -178,6 +181,7 @@ class Amqp(Separate):
 
     carrier = "amqp"
     lease = 20.0
+    patience = 45
     faults = ("cut Pulsar", "kill Pulsar", "kill broker", "stop broker", "pause broker", "poison updates")
 
     def __init__(self, directory: Path, port: int, **keys: object) -> None:
@@ -219,6 +223,7 @@ class Relay(Separate):
 
     carrier = "relay"
     lease = 20.0
+    patience = 45
     reports = True
     faults = ("kill Pulsar",)
 

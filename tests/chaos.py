@@ -31,9 +31,6 @@ from tests.rabbitmq import Broker
 from tests.running import Service, until
 from tests.support import free_port
 
-PATIENCE = 25
-"""Seconds of silence after which an attempt is given up."""
-
 MAX_ATTEMPTS = 10
 
 SETTINGS = {
@@ -45,7 +42,6 @@ SETTINGS = {
 OF_THE_SITE: dict[str, object] = {
     "max_jobs": 4,
     "cancel_grace": 4.0,
-    "status": {"poll_interval": 1.0, "max_polls": PATIENCE},
 }
 """Further keys of the site."""
 
@@ -163,6 +159,7 @@ class Cluster:
         self.directory = directory
         self._ports = [free_port() for _ in range(replicas)]
         self.place = PLACES[carrier](directory, self._ports[0], **OF_THE_SITE)
+        self.place.keys["status"] = {"poll_interval": 1.0, "max_polls": self.place.patience}
         self.shared = self.place.shared
         self.mark = f"TMPDIR={self.place.temporary}"
         self.set = ReplicaSet(directory / "mongo", 3) if store == "mongo" else None
@@ -279,16 +276,14 @@ def draw(seed: int, count: int, tasks: int, place: Place, others: tuple[str, ...
     chance.shuffle(drawn)
     places = sorted(chance.randrange(1, max(2, tasks * 3 // 4)) for _ in drawn)
     return [
-        Fault(
-            kind=kind, at=at, delay=chance.uniform(0, 0.6), who=chance.random(), pause=_pause(kind, chance, place.lease)
-        )
+        Fault(kind=kind, at=at, delay=chance.uniform(0, 0.6), who=chance.random(), pause=_pause(kind, chance, place))
         for kind, at in zip(drawn, places, strict=True)
     ]
 
 
-def _pause(kind: str, chance: random.Random, lease: float) -> float:
+def _pause(kind: str, chance: random.Random, place: Place) -> float:
     if kind == "pause replica":  # it must sleep through its lease
-        return lease + chance.uniform(0.5, 3)
+        return place.lease + chance.uniform(0.5, 3)
     if kind == "stop broker":
         return 20.0
     if kind == "pause broker":
@@ -296,7 +291,7 @@ def _pause(kind: str, chance: random.Random, lease: float) -> float:
     if kind == "pause primary":
         return chance.uniform(2, 6)
     if kind == "pause runner":
-        return chance.choice([chance.uniform(1, 5), PATIENCE + 5])
+        return chance.choice([chance.uniform(1, 5), place.patience + 5])
     return chance.choice([0.0, chance.uniform(0.5, 5)])
 
 
