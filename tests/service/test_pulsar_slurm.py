@@ -20,24 +20,13 @@ from tesp_api.sites.pulsar.site import PulsarSite
 from tesp_api.task import Phase
 from tests.pulsars import PulsarServer, ended, exists, forgotten, new_plan, phase, running, until
 from tests.rabbitmq import Broker, need_rabbitmq
-from tests.slurm import Slurm, need_slurm, pulsar_by_amqp_with, pulsar_with
+from tests.slurm import Slurm, pulsar_by_amqp_with, pulsar_with
 from tests.support import require
 
 pytestmark = [pytest.mark.service, pytest.mark.timeout(400)]
 
 PATIENCE = 120.0
 RUNNER = build()
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    need_slurm()
-    slurm = Slurm(tmp_path_factory.mktemp("slurm"))
-    try:
-        slurm.start()
-        yield slurm
-    finally:
-        slurm.stop()
 
 
 @pytest.fixture

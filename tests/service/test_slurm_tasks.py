@@ -11,21 +11,10 @@ import pytest
 
 from tests.carried import Place, write_settings
 from tests.running import Service, until
-from tests.slurm import Slurm, need_slurm, pulsar_with
+from tests.slurm import Slurm, pulsar_with
 from tests.support import require
 
 pytestmark = [pytest.mark.service, pytest.mark.timeout(400)]
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    need_slurm()
-    slurm = Slurm(tmp_path_factory.mktemp("slurm"))
-    try:
-        slurm.start()
-        yield slurm
-    finally:
-        slurm.stop()
 
 
 @pytest.fixture(scope="module")
