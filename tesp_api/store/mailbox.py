@@ -1,7 +1,8 @@
 """The seam to the letters that wait for somebody: the relay keeps here what it takes, until it is passed on.
 
 A letter is a text in a box. Boxes need not be made. Who reads a box sees its letters in the order in which they were
-put, under ids that only grow: no letter shows up below an id that was read before.
+put, under ids that only grow: no letter shows up below an id that was read before, even if the store has been replaced
+since by a new one or by an older copy.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ class Letter:
 
     id: int
     text: str
+
+
+def next_letter_id(last: int, now: float) -> int:
+    """The id that follows the last one of a box, in the second `now`: a count that is not behind the microseconds."""
+    return max(last + 1, int(now * 1e6))
 
 
 def last_of_read(sizes: Iterable[tuple[int, int]]) -> int:
@@ -108,5 +114,6 @@ __all__ = [
     "Letter",
     "Mailbox",
     "last_of_read",
+    "next_letter_id",
     "rung",
 ]

@@ -65,6 +65,7 @@ from tesp_api.store.mailbox import (
     Doorbell,
     Letter,
     last_of_read,
+    next_letter_id,
 )
 from tesp_api.task import ACTIVE, FINAL, Attempt, Bodies, Tail, Task
 from tesp_api.tes import TesState, TesView
@@ -747,8 +748,7 @@ class MongoMailbox:
                 return there
             raise MailboxFull(f"The box {box!r} is full.")
         await self._delete(before["letters"])
-        number: int = before["last"] + 1
-        return number
+        return next_letter_id(before["last"], letter["written"])
 
     async def _make(self, box: str) -> None:
         if box not in self._made:
@@ -812,7 +812,8 @@ def _one_more(box: str, letter: Record, instead: bool) -> tuple[Record, list[Rec
     else:
         condition["letters.key"] = {"$ne": letter["key"]}
     entry = {"id": "$last", **{name: {"$literal": value} for name, value in letter.items()}}
-    change = [{"$set": {"last": {"$add": ["$last", 1]}}}, {"$set": {"letters": {"$concatArrays": [kept, [entry]]}}}]
+    number = {"$max": [{"$add": ["$last", 1]}, next_letter_id(0, letter["written"])]}
+    change = [{"$set": {"last": number}}, {"$set": {"letters": {"$concatArrays": [kept, [entry]]}}}]
     return condition, change
 
 

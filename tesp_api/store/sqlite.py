@@ -47,6 +47,7 @@ from tesp_api.store.mailbox import (
     Doorbell,
     Letter,
     last_of_read,
+    next_letter_id,
 )
 from tesp_api.task import ACTIVE, FINAL, Bodies, Tail, Task, put_attempt
 from tesp_api.tes import TesState, TesView
@@ -925,11 +926,12 @@ def _put_letter(db: sqlite3.Connection, box: str, text: str, size: int, key: str
     if count >= BOX_LETTERS or total + size > BOX_BYTES:
         raise MailboxFull(f"The box {box!r} is full: {count} letters wait in it.")
     db.execute("DELETE FROM letter WHERE box = ? AND key = ?", (box, key))
-    done = db.execute(
-        "INSERT INTO letter (box, key, size, written, text) VALUES (?, ?, ?, ?, ?)", (box, key, size, time.time(), text)
-    )
-    assert done.lastrowid is not None
-    return done.lastrowid
+    written = time.time()
+    last = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'letter'").fetchone()
+    letter_id = next_letter_id(last[0] if last else 0, written)
+    row = letter_id, box, key, size, written, text
+    db.execute("INSERT INTO letter (id, box, key, size, written, text) VALUES (?, ?, ?, ?, ?, ?)", row)
+    return letter_id
 
 
 def _read_letters(db: sqlite3.Connection, box: str, after: int) -> list[Letter]:

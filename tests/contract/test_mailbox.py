@@ -90,6 +90,21 @@ async def test_dropped_letters_are_gone_and_their_ids_do_not_come_back(mail: Mai
     assert await texts(mail, "b") == ["stays"]
 
 
+@pytest.mark.parametrize("kind", STORES)
+def test_a_new_store_goes_on_above_the_ids_of_the_old_one(kind: str, tmp_path: Path) -> None:
+    """Who remembers what it read from a store that is gone, misses nothing of the one in its place."""
+
+    async def put(name: str, count: int) -> list[int]:
+        (tmp_path / name).mkdir()
+        with STORES[kind](tmp_path / name) as opened:
+            async with opened() as store:
+                return [await store.mail.put("a", str(number), str(number)) for number in range(count)]
+
+    old = asyncio.run(put("old", 30))
+    new = asyncio.run(put("new", 1))
+    assert new[0] > old[-1]
+
+
 @on
 async def test_a_key_is_put_once(mail: Mailbox) -> None:
     first = await mail.put("a", "first", "k")
