@@ -1,14 +1,12 @@
-"""The whole app in this process: HTTP, store, loops, the local site and the real runner, without containers."""
+"""The whole app in this process, with its lifespan and settings; what becomes of tasks there is in test_tasks.py."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,8 @@ import pytest
 from tesp_api.app import create_app
 from tesp_api.errors import SettingsError
 from tesp_api.settings import FileRootSettings, Settings, load
-
-FINAL = {"COMPLETE", "EXECUTOR_ERROR", "SYSTEM_ERROR", "CANCELED"}
+from tests.flow.tasks import create, get, sh, until
+from tests.running import FINAL
 
 
 def settings(directory: Path, **overrides: Any) -> Settings:
@@ -38,182 +36,6 @@ async def running(chosen: Settings) -> AsyncIterator[httpx.AsyncClient]:
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tes") as client,
     ):
         yield client
-
-
-async def create(client: httpx.AsyncClient, **task: Any) -> str:
-    answer = await client.post("/v1/tasks", json=task)
-    assert answer.status_code == 200, answer.text
-    task_id: str = answer.json()["id"]
-    return task_id
-
-
-async def get(client: httpx.AsyncClient, task_id: str, view: str = "FULL") -> dict[str, Any]:
-    document: dict[str, Any] = (await client.get(f"/v1/tasks/{task_id}", params={"view": view})).json()
-    return document
-
-
-async def until(client: httpx.AsyncClient, task_id: str, good: Callable[[str], bool]) -> dict[str, Any]:
-    async with asyncio.timeout(30):
-        while not good((await get(client, task_id, "MINIMAL"))["state"]):
-            await asyncio.sleep(0.01)
-    return await get(client, task_id)
-
-
-def sh(script: str, **more: Any) -> dict[str, Any]:
-    return {"image": "none", "command": ["sh", "-c", script], **more}
-
-
-def test_a_task_from_post_to_result(tmp_path: Path) -> None:
-    async def go() -> None:
-        async with running(settings(tmp_path)) as client:
-            task_id = await create(
-                client,
-                name="flow",
-                inputs=[{"path": "/in/x", "content": "text"}],
-                executors=[sh("cat /in/x; echo warning >&2"), sh("echo result > /out/y")],
-                outputs=[{"path": "/out/y", "url": str(tmp_path / "y")}],
-            )
-            task = await until(client, task_id, FINAL.__contains__)
-            assert task["state"] == "COMPLETE", task
-            assert (tmp_path / "y").read_text() == "result\n"
-            (log,) = task["logs"]
-            assert [each["exit_code"] for each in log["logs"]] == [0, 0]
-            assert (log["logs"][0]["stdout"], log["logs"][0]["stderr"]) == ("text", "warning\n")
-            assert log["metadata"]["site"] == "here"
-            assert log["start_time"] <= log["logs"][0]["start_time"] <= log["end_time"]
-
-    asyncio.run(go())
-
-
-def test_many_tasks_and_the_limit_of_the_site(tmp_path: Path) -> None:
-    async def go() -> None:
-        chosen = settings(tmp_path)
-        site = chosen.sites[0].model_copy(update={"max_jobs": 3})
-        async with running(chosen.model_copy(update={"sites": (site,)})) as client:
-            script = f"mkdir {tmp_path}/n$$; ls -d {tmp_path}/n* | wc -l; rmdir {tmp_path}/n$$"
-            ids = [await create(client, executors=[sh(script)]) for _ in range(12)]
-            tasks = [await until(client, task_id, FINAL.__contains__) for task_id in ids]
-            assert {task["state"] for task in tasks} == {"COMPLETE"}
-            assert max(int(task["logs"][0]["logs"][0]["stdout"]) for task in tasks) <= 3
-
-    asyncio.run(go())
-
-
-def test_what_a_running_task_says_is_seen_as_it_grows(tmp_path: Path) -> None:
-    """Without reports: who looks at the task has its job looked at, which would else wait for ten minutes."""
-
-    async def see(client: httpx.AsyncClient, task_id: str, text: str) -> None:
-        async with asyncio.timeout(60):
-            while True:
-                task = await get(client, task_id)
-                assert task["state"] not in FINAL, task
-                if text == task.get("logs", [{"metadata": {}}])[0]["metadata"].get("stdout_tail"):
-                    return
-                await asyncio.sleep(0.05)
-
-    async def go() -> None:
-        chosen = settings(tmp_path)
-        status = chosen.sites[0].status.model_copy(update={"poll_interval": 600.0})
-        site = chosen.sites[0].model_copy(update={"status": status})
-        async with running(chosen.model_copy(update={"sites": (site,)})) as client:
-            wait = f"while [ ! -e {tmp_path}/%s ]; do sleep 0.05; done"
-            script = f"echo one; {wait % 'a'}; echo two; {wait % 'b'}"
-            task_id = await create(client, executors=[sh("echo before"), sh(script)])
-            await see(client, task_id, "one\n")
-            task = await get(client, task_id)
-            assert task["logs"][0]["metadata"]["executor"] == "1"
-            (tmp_path / "a").touch()
-            await see(client, task_id, "one\ntwo\n")
-            for view in ("MINIMAL", "BASIC"):
-                assert "_tail" not in str(await get(client, task_id, view))
-            (tmp_path / "b").touch()
-            task = await until(client, task_id, FINAL.__contains__)
-            assert task["state"] == "COMPLETE"
-            assert "_tail" not in str(task)
-
-    asyncio.run(go())
-
-
-@pytest.mark.parametrize("moment", ["at once", "INITIALIZING", "RUNNING"])
-def test_cancel(tmp_path: Path, moment: str) -> None:
-    async def go() -> None:
-        async with running(settings(tmp_path)) as client:
-            task_id = await create(client, executors=[sh(f"echo $$ > {tmp_path}/pid; sleep 300")])
-            if moment != "at once":
-                await until(client, task_id, lambda state: state in (moment, "RUNNING"))
-            answer = await client.post(f"/v1/tasks/{task_id}:cancel")
-            assert (answer.status_code, answer.json()) == (200, {})
-            task = await until(client, task_id, FINAL.__contains__)
-            assert task["state"] == "CANCELED"
-            if (tmp_path / "pid").exists() and (pid := (tmp_path / "pid").read_text().strip()):
-                assert not Path("/proc", pid).exists()
-
-    asyncio.run(go())
-
-
-def test_a_restart_in_the_middle(tmp_path: Path) -> None:
-    async def first() -> str:
-        async with running(settings(tmp_path)) as client:
-            task_id = await create(
-                client, executors=[sh(f"echo ran >> {tmp_path}/ran; until [ -e {tmp_path}/go ]; do sleep 0.05; done")]
-            )
-            await until(client, task_id, "RUNNING".__eq__)
-            return task_id
-
-    async def second(task_id: str) -> None:
-        async with running(settings(tmp_path)) as client:
-            task = await until(client, task_id, FINAL.__contains__)
-            assert task["state"] == "COMPLETE"
-            assert len(task["logs"]) == 1
-
-    task_id = asyncio.run(first())
-    (tmp_path / "go").touch()
-    asyncio.run(second(task_id))
-    assert (tmp_path / "ran").read_text() == "ran\n"
-
-
-@pytest.mark.parametrize("fold", [False, True])
-def test_a_runner_that_is_killed_once(tmp_path: Path, fold: bool) -> None:
-    """The first attempt tells what became of it, the second one does the work."""
-
-    async def go() -> None:
-        chosen = settings(tmp_path, **{"retry.backoff": 0.1, "retry.fold": fold})
-        async with running(chosen) as client:
-            script = f"echo x >> {tmp_path}/ran; [ $(wc -l < {tmp_path}/ran) = 2 ] || sleep 600"
-            task_id = await create(client, executors=[sh("echo first"), sh(script), sh("echo third")])
-            async with asyncio.timeout(30):
-                while not (tmp_path / "ran").exists():
-                    await asyncio.sleep(0.01)
-            launched = chosen.server.data_dir / "sites" / "here" / f"{task_id}-1" / "launched"
-            os.kill(json.loads(launched.read_text())["pid"], signal.SIGKILL)
-            task = await until(client, task_id, FINAL.__contains__)
-            assert task["state"] == "COMPLETE", task
-            assert [each.get("stdout") for each in task["logs"][-1]["logs"]] == ["first\n", None, "third\n"]
-            if fold:
-                assert len(task["logs"]) == 1
-            else:
-                failed, _ = task["logs"]
-                assert [each["stdout"] for each in failed["logs"]] == ["first\n"]
-                assert "The runner was killed" in failed["system_logs"][0]
-                assert failed["end_time"] <= task["logs"][1]["start_time"]
-            jobs = chosen.server.data_dir / "sites" / "here"
-            async with asyncio.timeout(30):
-                while list(jobs.glob(f"{task_id}-*")):
-                    await asyncio.sleep(0.01)
-
-    asyncio.run(go())
-    assert (tmp_path / "ran").read_text() == "x\nx\n"
-
-
-def test_an_executor_that_failed_is_not_run_again(tmp_path: Path) -> None:
-    async def go() -> None:
-        async with running(settings(tmp_path, **{"retry.backoff": 0.1})) as client:
-            task_id = await create(client, executors=[sh(f"echo ran >> {tmp_path}/ran; exit 3")])
-            task = await until(client, task_id, FINAL.__contains__)
-            assert (task["state"], len(task["logs"])) == ("EXECUTOR_ERROR", 1)
-
-    asyncio.run(go())
-    assert (tmp_path / "ran").read_text() == "ran\n"
 
 
 def test_health_and_cors(tmp_path: Path) -> None:
