@@ -507,20 +507,32 @@ def asked_to_stop(task: Task, now: float) -> Change | None:
     attempt = task.attempt
     if task.state is not TesState.CANCELING or attempt is None:
         return None
-    attempt = replace(attempt, cancels=attempt.cancels + 1, cancel_sent=attempt.cancel_sent or now)
+    sent = attempt.cancel_sent if attempt.cancels else None  # one that did not arrive has asked for nothing
+    attempt = replace(attempt, cancels=attempt.cancels + 1, cancel_sent=now if sent is None else sent)
     return _change(task, due_at=next_look(attempt, now, Policy(), canceling=True), attempt=attempt)
 
 
+def could_not_stop(task: Task, began: float) -> Change | None:
+    """The request that was begun then has not arrived, as far as we know. Only the first of these is noted."""
+    attempt = task.attempt
+    if task.state is not TesState.CANCELING or attempt is None or attempt.cancel_sent is not None:
+        return None
+    return _change(task, attempt=replace(attempt, cancel_sent=began))
+
+
 def must_stop(task: Task, now: float, policy: Policy) -> bool | None:
-    """Whether to ask the site to stop the job now: None no, False gently, True by force."""
+    """Whether to ask the site to stop the job now: None no, False gently, True by force.
+
+    What is asked gently may need more of the site than a kill does, such as room for a small job that writes a file.
+    """
     attempt = task.attempt
     if task.state is not TesState.CANCELING or attempt is None:
         return None
     if attempt.cancel_sent is None:
         return False
-    if now - attempt.cancel_sent > policy.cancel_grace * attempt.cancels:
+    if now - attempt.cancel_sent > policy.cancel_grace * max(1, attempt.cancels):
         return True
-    return None
+    return None if attempt.cancels else False
 
 
 def never_stopped(task: Task, now: float, policy: Policy) -> Change | None:

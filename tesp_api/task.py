@@ -65,10 +65,11 @@ class Attempt:
 
     `submitted` is None until the site has confirmed the job; a job whose submit may be lost is submitted again under
     the same `job_id`. `heard` is when the job last showed that it is alive, `beat` the count that it showed then.
-    `looks` counts the looks at it since its last step. `cancels` counts our requests to stop, the first at
-    `cancel_sent`. `ended` is when we saw it over, or gave it up; `abandoned` says the latter: something of it may still
-    run. `forgotten`: nothing of it is left at the site. `withdrawn`: its site never heard of it, so that it is no
-    attempt at all: the next one takes its place, and nobody is shown it.
+    `looks` counts the looks at it since its last step. `cancels` counts our requests to stop that arrived, the first
+    at `cancel_sent`; as long as none did, that is when we first tried. `ended` is when we saw it over, or gave it up;
+    `abandoned` says the latter: something of it may still run. `forgotten`: nothing of it is left at the site.
+    `withdrawn`: its site never heard of it, so that it is no attempt at all: the next one takes its place, and nobody
+    is shown it.
     `tokens`: hashes of what the job may name itself with when it reports, one for each of the latest submits;
     `reported` is when a report was last noted here. `watched` is when somebody last wanted to see what the job does.
     `log` is TES's, without the texts that `Task.bodies` holds.

@@ -36,6 +36,9 @@ from tesp_api.tes import TesState, TesView
 
 log = logging.getLogger(__name__)
 
+MOST_KILLS = 10_000
+"""Kills of earlier attempts that are under way, or whose outcome the next submit of their task takes up."""
+
 
 class Dispatcher:
     """Sends due QUEUED tasks to sites with room.
@@ -61,6 +64,7 @@ class Dispatcher:
         self._policies = policies
         self._lease = min((policy.lease for policy in policies.values()), default=Policy().lease)
         self._submitting: set[asyncio.Task[None]] = set()
+        self._kills: dict[str, asyncio.Task[Exception | None]] = {}  # that took long, by job id
         self._tokens: dict[str, str] = {}  # of jobs about to be submitted for the first time
         self._clock = clock
         self._health = health or Health(sites, clock)
@@ -137,7 +141,7 @@ class Dispatcher:
             while self._submitting:
                 await asyncio.wait(self._submitting)
         finally:
-            await loop.end(self._submitting)
+            await loop.end([*self._submitting, *self._kills.values()])
 
     async def _assign_safely(self, task: Task, loads: dict[str, Load]) -> bool:
         """A mistake of ours about one task must not hold up the others."""
@@ -272,7 +276,7 @@ class Dispatcher:
             document = document._replace(report=await self._report_to(task, attempt, site.facts.report_url))
         # A process that slept through its lease must not submit: another may have ended the task meanwhile.
         left = (task.due_at or 0.0) - 0.2 * policy.lease - self._clock()
-        if left <= 0:
+        if left <= 0.1 * policy.lease:  # so little time says nothing of the site
             raise _TooLate("The lease ran out before the job was submitted.")
         try:
             async with asyncio.timeout(left):
@@ -301,12 +305,26 @@ class Dispatcher:
                 raise error
 
     async def _kill(self, attempt: Attempt, policy: Policy) -> Exception | None:
-        """Have a job killed; what went wrong."""
+        """Have a job killed; what went wrong.
+
+        One that takes long stays under way, and the next submit takes up its outcome. Begun anew by each of them, it
+        would never arrive.
+        """
+        kill = self._kills.pop(attempt.job_id, None) or asyncio.create_task(
+            self._kill_within(attempt, policy.patience), name=f"kill {attempt.job_id}"
+        )
+        done, _ = await asyncio.wait([kill], timeout=0.2 * policy.lease)
+        if done:
+            return kill.result()
+        self._kills[attempt.job_id] = kill
+        if len(self._kills) > MOST_KILLS:  # of tasks that others submit by now
+            self._kills.pop(next(iter(self._kills))).cancel()
+        return SiteUnavailable(f"The site {attempt.site!r} did not answer the kill of {attempt.job_id} in time.")
+
+    async def _kill_within(self, attempt: Attempt, seconds: float) -> Exception | None:
         try:
-            async with asyncio.timeout(0.2 * policy.lease):
+            async with asyncio.timeout(seconds):
                 await self._sites[attempt.site].cancel(attempt.job_id, force=True)
-        except TimeoutError:
-            return SiteUnavailable(f"The site {attempt.site!r} did not answer the kill of {attempt.job_id} in time.")
         except Exception as error:
             log.info("kill of %s: %r", attempt.job_id, error)
             return error

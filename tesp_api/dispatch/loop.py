@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 from tesp_api.errors import StoreUnavailable
 from tesp_api.store import Bell, Ring
@@ -66,7 +66,7 @@ async def run(ticker: Ticker, bell: Bell, clock: Callable[[], float] = time.time
             await asyncio.sleep(0)
 
 
-async def end(work: Iterable[asyncio.Task[None]]) -> None:
+async def end(work: Iterable[asyncio.Task[Any]]) -> None:
     """End what is under way. Left alone, it would go on while store and sites are being closed, and blame them."""
     left = list(work)
     for each in left:

@@ -197,13 +197,16 @@ class Poller:
         return (await self._store.get(task.id, TesView.BASIC) or task) if done else task
 
     async def _stop(self, site: Site, task: Task, job_id: str, force: bool, policy: Policy) -> None:
+        began = self._clock()
         try:
             async with asyncio.timeout(policy.patience):
                 await site.cancel(job_id, force=force)
-        except (SiteError, TimeoutError) as error:
-            log.info("cancel of %s: %s", job_id, str(error) or "no answer in time")
-        except Exception:
-            log.exception("cancel of %s failed", job_id)
+        except Exception as error:
+            if isinstance(error, SiteError | TimeoutError):
+                log.info("cancel of %s: %s", job_id, str(error) or "no answer in time")
+            else:
+                log.exception("cancel of %s failed", job_id)
+            await record(self._store, task, lambda task: lifecycle.could_not_stop(task, began))
         else:
             await record(self._store, task, lambda task: lifecycle.asked_to_stop(task, self._clock()))
 

@@ -572,6 +572,20 @@ async def test_a_cancel_that_takes_long_is_asked_once_and_arrives(world: World) 
     assert (await world.until_final(task)).state is S.CANCELED
 
 
+@on()
+async def test_a_job_that_cannot_be_asked_to_stop_is_killed(world: World) -> None:
+    """As by mail, where asking gently needs a small job at the site, for which there may be no room for long."""
+    (task,) = await world.add()
+    await world.step()
+    job = world.site.job()
+    job.run()
+    world.site.trouble = lambda call, job_id: SiteUnavailable("no room") if call == "cancel" else None
+    await world.cancel(task)
+    assert (await world.until_final(task, step=1)).state is S.CANCELED
+    assert 10 < world.now - NOW < 30
+    assert job.killed
+
+
 # Somebody looks
 
 
@@ -975,6 +989,59 @@ async def test_no_second_job_before_the_first_is_killed(world: World) -> None:
     await world.step(5)
     world.site.jobs[f"{task.id}-2"].end()
     assert (await world.until_final(task)).state is S.COMPLETE
+
+
+@on()
+async def test_a_slow_kill_of_the_first_job_is_begun_once(world: World) -> None:
+    """Slower than a submit waits for it: begun anew by each submit, it would never come to its end."""
+    arrive = asyncio.Event()
+
+    class Slow(SiteDouble):
+        async def cancel(self, job_id: str, *, force: bool = False) -> None:
+            self.calls.append(("begun", job_id))
+            await arrive.wait()
+            await super().cancel(job_id, force=force)
+
+    (task,) = await world.add()
+    await world.step()
+    first = world.site.job()
+    first.run()
+    world.site.trouble = lambda call, job_id: SiteUnavailable("no") if call == "observe" else None
+    while await world.state(task) is not S.QUEUED:
+        await world.step(5)
+    site = Slow(world.site.facts)
+    site.jobs = world.site.jobs
+    world.sites["a"] = site
+    world.restart(lease=0.05)
+    world.now += 100
+    (taken,) = await world.store.take_due(queued=True, now=world.now, lease=30, limit=1)
+    second = await world.store.apply(task.id, lifecycle.assign(taken, "a", world.now, POLICY))  # type: ignore[arg-type]
+    assert second is not None
+    for _ in range(3):
+        await world.dispatcher.submit(second)
+    assert (site.submits, site.calls) == ({}, [("begun", f"{task.id}-1")])
+    arrive.set()
+    while not first.killed:
+        await asyncio.sleep(0)
+    await world.dispatcher.submit(second)
+    assert site.submits == {f"{task.id}-2": 1}
+    assert site.calls.count(("begun", f"{task.id}-1")) == 1
+
+
+@on()
+async def test_too_little_time_for_a_submit_says_nothing_of_the_site(world: World) -> None:
+    (task,) = await world.add()
+    (taken,) = await world.store.take_due(queued=True, now=world.now, lease=30, limit=1)
+    assigned = await world.store.apply(task.id, lifecycle.assign(taken, "a", world.now, POLICY))  # type: ignore[arg-type]
+    assert assigned is not None
+    assert assigned.due_at is not None
+    world.now = assigned.due_at - 0.25 * POLICY.lease
+    await world.dispatcher.submit(assigned)
+    assert not world.site.submits
+    assert world.health.takes("a")
+    while not world.site.submits:
+        await world.step(10)
+    assert world.site.submits == {f"{task.id}-1": 1}
 
 
 @pytest.mark.parametrize("back", ["while it runs", "after the end"])

@@ -674,6 +674,22 @@ def test_a_cancel_is_gentle_then_firm_then_given_up() -> None:
     assert "not confirmed the cancel" in change.system[0]
 
 
+def test_a_gentle_request_that_does_not_arrive_is_followed_by_a_kill() -> None:
+    task = task_in(S.CANCELING)
+    task = applied(task, lifecycle.could_not_stop(task, NOW))
+    assert lifecycle.could_not_stop(task, NOW + 5) is None, "the first try counts"
+    assert lifecycle.must_stop(task, NOW + 9, POLICY) is False
+    assert lifecycle.must_stop(task, NOW + 10.1, POLICY) is True
+    arrived = applied(task, lifecycle.asked_to_stop(task, NOW + 9))
+    assert lifecycle.must_stop(arrived, NOW + 18, POLICY) is None, "the grace begins when the job has heard of it"
+    assert lifecycle.must_stop(arrived, NOW + 19.1, POLICY) is True
+    assert lifecycle.never_stopped(task, NOW + 299, POLICY) is None
+    change = lifecycle.never_stopped(task, NOW + 301, POLICY)
+    assert change is not None
+    assert "not confirmed the cancel" in change.system[0]
+    assert lifecycle.could_not_stop(task_in(S.RUNNING), NOW) is None
+
+
 @pytest.mark.parametrize("state", ["COMPLETE", "EXECUTOR_ERROR", "SYSTEM_ERROR", "CANCELED"])
 def test_whatever_the_result_a_cancelled_task_is_canceled(state: str) -> None:
     task = task_in(S.CANCELING, cancel_sent=NOW)
