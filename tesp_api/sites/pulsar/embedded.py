@@ -296,8 +296,7 @@ class EmbeddedPulsar:
                 looked = time.monotonic()
                 _alias(self.directory)  # what cleans /tmp may have taken it
         self._answers.clear()
-        if self._child is not None:
-            self._child.poll()  # reap it
+        await self._reap(server)
         lived = time.monotonic() - started
         log.warning("The embedded Pulsar died after %.0f s; its log is %s.", lived, self.directory / "pulsar.log")
         self._server = self._child = None
@@ -325,12 +324,17 @@ class EmbeddedPulsar:
     async def _left(self, server: Process, within: float) -> bool:
         deadline = time.monotonic() + within
         while time.monotonic() < deadline:
-            if self._child is not None and self._child.pid == server.pid:
-                self._child.poll()  # reap it
             if not server.alive:
+                await self._reap(server)
                 return True
             await asyncio.sleep(0.02)
         return False
+
+    async def _reap(self, server: Process) -> None:
+        """Take the exit code of a dead child of ours. Its last threads may take a moment longer than it."""
+        child = self._child
+        if child is not None and child.pid == server.pid:
+            await asyncio.to_thread(child.wait)
 
 
 class EmbeddedSite(PulsarSite):
