@@ -25,6 +25,13 @@ from tests import standin
 NOW = "2026-01-31T12:00:00.000000Z"
 
 
+def _good(letter: object) -> object:
+    """The letter, unless it stands for a mistake in handling it."""
+    if isinstance(letter, Exception):
+        raise letter
+    return letter
+
+
 class SmallPulsar:
     """See Post. Jobs other than errands are only known once they were set up; what is `deaf` is passed over;
     the way to it is `broken` for those who ask about another job than these.
@@ -87,8 +94,7 @@ class SmallPulsar:
 
     async def letters(self) -> AsyncIterator[object]:
         while True:
-            letter = await self.letters_.get()
-            yield letter
+            yield _good(await self.letters_.get())
             self.given += 1
 
     def copies(self) -> AsyncIterator[object] | None:
@@ -99,7 +105,7 @@ class SmallPulsar:
 
     async def _copies(self) -> AsyncIterator[object]:
         while True:
-            yield await self.copies_.get()
+            yield _good(await self.copies_.get())
 
     async def __aenter__(self) -> Self:
         return self
@@ -191,6 +197,23 @@ def test_a_question_that_pulsar_passes_over_has_no_answer(tmp_path: Path) -> Non
         assert len(post.sent) == 7
 
     with_pulsar(test, tmp_path, slow=0.2)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_mistake_about_one_letter_makes_nobody_deaf(
+    tmp_path: Path, alone: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(post: SmallPulsar, carrier: MailCarrier) -> None:
+        post.say(RuntimeError("what we did not think of"))
+        post.states["a-1"] = "running"
+        answer = await carrier.status("a-1")
+        assert answer is not None
+        post.say({"job_id": "a-1", "status": "complete", "returncode": 0})
+        job_id, status = await anext(aiter(carrier.updates()))
+        assert (job_id, status.state) == ("a-1", "complete")
+
+    with_pulsar(test, tmp_path, alone=alone)
+    assert "what we did not think of" in caplog.text
 
 
 def test_a_check_is_a_question_and_tells_the_version(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import json
 import logging
 import random
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import suppress
 from types import TracebackType
@@ -64,6 +65,9 @@ RECONNECT: Final = 2.0
 
 LONGEST_PAUSE: Final = 10.0
 """Seconds between two tries to connect, at most."""
+
+STEADY: Final = 1.0
+"""Seconds after which a connection counts as good; before, the next one is not tried at once."""
 
 CHECK_EVERY: Final = 30.0
 """Seconds between two looks whether our consumer is still there: an admin may have deleted its queue."""
@@ -214,8 +218,9 @@ class AmqpPost:
                     await _ours(connection.connect())
                     shared = await _ours(self._open(connection))
                 self._tell("")
-                pause = 0.0
+                began = time.monotonic()
                 await self._until_broken(shared)
+                pause = 0.0 if time.monotonic() - began > STEADY else max(pause, STEADY / 2)
                 self._trouble = f"The connection to {self._broker[4:]} broke."
             except Exception as error:
                 self._tell(self._words(error))

@@ -11,7 +11,7 @@ import itertools
 import logging
 import reprlib
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -36,6 +36,9 @@ the message of the end may be lost."""
 
 SPENT: Final = 1000
 """Errands whose directories are still to be removed, at most; the oldest are forgotten first."""
+
+DEAF: Final = 0.5
+"""Seconds until Pulsar's letters are listened to again after a mistake of ours about one."""
 
 DIRECTORY_OF: Final = {ANSWER: JOBDIR}
 """Where the documents that can be written by letter belong."""
@@ -74,10 +77,10 @@ class MailCarrier:
 
     async def __aenter__(self) -> Self:
         await self._post.__aenter__()
-        copies = self._post.copies()
-        if copies is not None:
-            self._start(self._wake(copies))
-        self._start(self._sort(wakes=copies is None))
+        copies = self._post.copies() is not None
+        if copies:
+            self._start(self._for_ever(self._wake))
+        self._start(self._for_ever(lambda: self._sort(wakes=not copies)))
         return self
 
     async def __aexit__(
@@ -145,7 +148,18 @@ class MailCarrier:
 
     # Letters
 
-    async def _wake(self, copies: AsyncIterator[object]) -> None:
+    async def _for_ever(self, listen: Callable[[], Awaitable[None]]) -> None:
+        """A mistake of ours about one letter must not make us deaf to those that follow."""
+        while True:
+            try:
+                await listen()
+            except Exception:
+                log.exception("a message of %s could not be handled", self._post.where)
+            await asyncio.sleep(DEAF)
+
+    async def _wake(self) -> None:
+        copies = self._post.copies()
+        assert copies is not None, "whoever has none is not listened to twice"
         async for letter in copies:
             if (heard := _read(letter)) is not None:
                 self._hear(*heard)
