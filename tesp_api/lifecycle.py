@@ -417,7 +417,7 @@ def _task_log(attempt: Attempt, result: job.Result) -> tuple[TesTaskLog, dict[tu
         for each in result.outputs
     ]
     told = {storable(str(key)): storable(str(value)) for key, value in result.metadata.items()}
-    metadata = {**(attempt.log.metadata or {}), **told}
+    metadata = {**told, **(attempt.log.metadata or {})}  # what we know is not for the node to say
     log = TesTaskLog(
         logs=logs, outputs=outputs, metadata=metadata, start_time=attempt.log.start_time, end_time=result.end_time
     )

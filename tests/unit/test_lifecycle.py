@@ -156,12 +156,19 @@ def test_running_begins_with_the_first_executor() -> None:
 @pytest.mark.parametrize("state", ["COMPLETE", "EXECUTOR_ERROR", "SYSTEM_ERROR"])
 @pytest.mark.parametrize("before", [S.INITIALIZING, S.RUNNING])
 def test_the_result_is_the_truth(before: S, state: str) -> None:
-    task = task_in(before)
+    task = task_in(before, log={"metadata": {"site": "here"}})
     executor = job.ExecutorResult(3, "a", "b", "out", "")
     output = job.OutputFile("s3://x", "/x", 5)
     change = lifecycle.observed(
         task,
-        result(task, state, executors=[executor], outputs=[output], system_logs=["l"], metadata={"runtime": "docker"}),
+        result(
+            task,
+            state,
+            executors=[executor],
+            outputs=[output],
+            system_logs=["l"],
+            metadata={"runtime": "docker", "site": "elsewhere"},
+        ),
         NOW,
         POLICY,
     )
@@ -172,7 +179,7 @@ def test_the_result_is_the_truth(before: S, state: str) -> None:
     assert (change.system, change.system_of) == (("l",), 1)
     log = last(done).log
     assert (log.logs[0].exit_code, log.outputs[0].size_bytes, log.end_time) == (3, 5, "2026-01-31T12:00:05.000000Z")
-    assert (log.metadata or {})["runtime"] == "docker"
+    assert log.metadata == {"runtime": "docker", "site": "here"}
     assert not last(done).abandoned
 
 
