@@ -226,9 +226,13 @@ class Cutter:
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Take no further connection."""
         assert self._server is not None
         self._server.close()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
         for each in self._busy:
             each.cancel()
         await asyncio.gather(*self._busy, return_exceptions=True)

@@ -118,6 +118,34 @@ def test_a_submit_whose_answer_is_lost_runs_once(server: PulsarServer, tmp_path:
     asyncio.run(main())
 
 
+def test_a_site_that_goes_away_in_the_middle_of_a_submit_has_heard_of_the_job(server: PulsarServer) -> None:
+    """There is a directory to be cleaned up."""
+
+    async def main() -> None:
+        plan = new_plan(inputs=[Input(path="/in", content="x" * 10_000)])
+        async with Cutter(server.port) as cutter, site_at(server, port=cutter.port) as site:
+            await site.submit(new_plan())  # brings the runner
+
+            def leave_after_set_up(request: bytes) -> bool:
+                if request.startswith(b"POST /jobs?"):
+                    cutter.close()
+                return False
+
+            cutter.cut = leave_after_set_up
+            with pytest.raises(SiteUnavailable, match="cannot be reached") as caught:
+                await site.submit(plan)
+            assert not caught.value.unsent
+            assert (server.staging / plan.job_id).exists()
+            with pytest.raises(SiteUnavailable) as caught:
+                await site.submit(new_plan())
+            assert caught.value.unsent
+        async with site_at(server) as site:
+            assert await site.forget(plan.job_id, force=True)
+        assert not (server.staging / plan.job_id).exists()
+
+    asyncio.run(main())
+
+
 def test_lost_answers_to_cancel_and_forget_can_be_repeated(server: PulsarServer) -> None:
     async def main() -> None:
         async with Cutter(server.port) as cutter, site_at(server, port=cutter.port) as site:

@@ -159,10 +159,15 @@ class RestCarrier:
             plan = next(each for each in launch.files if each.name == PLAN)
             others = tuple(each for each in launch.files if each is not plan)
             self._good(await self._control("POST", "/jobs", {"job_id": launch.job_id}), "set-up")
-            await self._upload(launch.job_id, plan.name, plan.kind, plan.text.encode("ascii"))
-            short = replace(launch, files=others)
-            query = messages.submit_query(short, set_up=False)
-        answer = self._good(await self._control("POST", f"{path}/submit", query), "submit")
+            try:
+                await self._upload(launch.job_id, plan.name, plan.kind, plan.text.encode("ascii"))
+                query = messages.submit_query(replace(launch, files=others), set_up=False)
+                answer = await self._control("POST", f"{path}/submit", query)
+            except SiteUnavailable as error:
+                raise SiteUnavailable(str(error)) from error  # it has heard of the job already
+        else:
+            answer = await self._control("POST", f"{path}/submit", query)
+        answer = self._good(answer, "submit")
         if answer.body != b"OK":
             raise SiteUnavailable(f"{self.where} did not answer a submit as a Pulsar does.")
 
