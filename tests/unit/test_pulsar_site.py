@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Self
@@ -14,7 +15,7 @@ from tesp_api.runner import job
 from tesp_api.runner.bundle import Bundle
 from tesp_api.sites import SiteFacts, documents
 from tesp_api.sites.pulsar.messages import Launch, Status
-from tesp_api.sites.pulsar.site import STILL, PulsarSite
+from tesp_api.sites.pulsar.site import BELIEVED, STILL, PulsarSite
 from tesp_api.task import Observation, Phase
 from tests import standin
 
@@ -34,7 +35,7 @@ class Memory:
     file_pause = 0.0
 
     def __init__(self, status: Status | None, **files: object) -> None:
-        self.answer, self.calls = status, list[str]()
+        self.answer, self.calls, self.questions = status, list[str](), 0
         self.files = {f"{name}.json": documents.dump(value) for name, value in files.items() if value is not None}
 
     async def deliver(self, runner: Bundle, *, again: bool) -> None:
@@ -44,6 +45,7 @@ class Memory:
         self.calls.append("launch")
 
     async def status(self, job_id: str) -> Status | None:
+        self.questions += 1
         return self.answer
 
     async def fetch(self, job_id: str, name: str, limit: int) -> bytes | None:
@@ -122,6 +124,38 @@ def test_what_an_observation_says(
 ) -> None:
     seen = look(Memory(status, **files))
     assert (seen.phase, seen.result is not None, seen.exit_code) == (phase, has_result, exit_code)
+
+
+def test_a_job_that_pulsar_has_just_called_active_is_asked_for_its_pulse_alone() -> None:
+    """But not for long: of a runner that was killed only Pulsar knows."""
+
+    async def go() -> None:
+        carrier = Memory(Status("running"), progress=BEGUN)
+        there = site(carrier)
+        began = time.monotonic()
+        for _ in range(5):
+            (seen,) = await there.observe([ID])
+            assert (seen.phase, seen.progress) == (Phase.RUNNING, BEGUN)
+        assert carrier.questions == 1 or time.monotonic() - began > BELIEVED
+        carrier.answer = Status("complete", 137, HERE)
+        async with asyncio.timeout(60):
+            while seen.phase is not Phase.ENDED:
+                (seen,) = await there.observe([ID])
+                await asyncio.sleep(0.01)
+
+    asyncio.run(go())
+
+
+def test_the_pulse_tells_the_end_before_pulsar_does() -> None:
+    async def go() -> None:
+        carrier = Memory(Status("running"), progress=BEGUN)
+        there = site(carrier)
+        await there.observe([ID])
+        carrier.files |= {"progress.json": documents.dump(DONE), "result.json": documents.dump(RESULT)}
+        (seen,) = await there.observe([ID])
+        assert (seen.phase, seen.result) == (Phase.ENDED, RESULT)
+
+    asyncio.run(go())
 
 
 def test_where_looking_is_dear_there_is_a_fresh_look_for_one_who_looks() -> None:
