@@ -502,6 +502,27 @@ def test_a_queue_of_updates_that_an_admin_has_deleted_is_listened_to_again(own_w
     asyncio.run(main())
 
 
+def test_a_queue_of_its_own_that_an_admin_has_deleted_is_made_again(own_world: World) -> None:
+    """Without it no answer would wake anybody, and the site would seem dead."""
+
+    async def main() -> None:
+        async with AmqpPost(own_world.broker.url, check_every=0.2) as our_post, channel_to(own_world.broker) as channel:
+            await our_post.send("status", {"job_id": "a-1"})
+            copies = our_post.copies()
+            heard = asyncio.create_task(anext(copies))
+            (own,) = [each for each in own_world.broker.control("list_queues", "name").split() if "amq.gen" in each]
+            own_world.broker.control("delete_queue", own)
+
+            async def told() -> bool:
+                await post(channel, b'{"job_id": "a-2"}')
+                return heard.done()
+
+            await until(told, "a copy", within=LONG)
+            await copies.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(main())
+
+
 def test_a_node_without_python(own_world: World, tmp_path: Path) -> None:
     """The runner cannot be had there; that is the site's fault and no job's."""
     tools = tmp_path / "tools"

@@ -25,8 +25,15 @@ from tests import standin
 NOW = "2026-01-31T12:00:00.000000Z"
 
 
+class Odd(dict[str, object]):
+    """A letter about which we make a mistake."""
+
+    def get(self, *_: object) -> object:
+        raise RuntimeError("what we did not think of")
+
+
 def _good(letter: object) -> object:
-    """The letter, unless it stands for a mistake in handling it."""
+    """The letter, unless it stands for a mistake in fetching it."""
     if isinstance(letter, Exception):
         raise letter
     return letter
@@ -200,17 +207,20 @@ def test_a_question_that_pulsar_passes_over_has_no_answer(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("mistake", [RuntimeError("what we did not think of"), Odd()])
 def test_a_mistake_about_one_letter_makes_nobody_deaf(
-    tmp_path: Path, alone: bool, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, alone: bool, mistake: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test(post: SmallPulsar, carrier: MailCarrier) -> None:
-        post.say(RuntimeError("what we did not think of"))
+        post.say(mistake)
         post.states["a-1"] = "running"
         answer = await carrier.status("a-1")
         assert answer is not None
         post.say({"job_id": "a-1", "status": "complete", "returncode": 0})
         job_id, status = await anext(aiter(carrier.updates()))
         assert (job_id, status.state) == ("a-1", "complete")
+        if isinstance(mistake, Odd):
+            assert post.given >= 1, "the letter was given back to nobody"
 
     with_pulsar(test, tmp_path, alone=alone)
     assert "what we did not think of" in caplog.text

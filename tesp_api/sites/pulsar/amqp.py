@@ -216,10 +216,10 @@ class AmqpPost:
                 async with asyncio.timeout(self._timeout):
                     connection = aio_pika.Connection(aio_pika.connection.make_url(self._url))  # to close it if it fails
                     await _ours(connection.connect())
-                    shared = await _ours(self._open(connection))
+                    shared, own = await _ours(self._open(connection))
                 self._tell("")
                 began = time.monotonic()
-                await self._until_broken(shared)
+                await self._until_broken(shared, own)
                 pause = 0.0 if time.monotonic() - began > STEADY else max(pause, STEADY / 2)
                 self._trouble = f"The connection to {self._broker[4:]} broke."
             except Exception as error:
@@ -231,8 +231,9 @@ class AmqpPost:
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - so that replicas do not come in step
             pause = min(LONGEST_PAUSE, 2 * pause or 0.2)
 
-    async def _open(self, connection: AbstractConnection) -> AbstractQueue:
-        """Declare everything, then listen, then let letters go out. The shared queue of status updates."""
+    async def _open(self, connection: AbstractConnection) -> tuple[AbstractQueue, AbstractQueue]:
+        """Declare everything, then listen, then let letters go out. The queues of status updates: the shared one, and
+        that of this process."""
         self._broken.clear()
         connection.close_callbacks.add(self._on_close)
         sender = await self._channel(connection)
@@ -240,19 +241,20 @@ class AmqpPost:
         for box in (STATUS_UPDATE, SETUP, KILL, STATUS):
             queue = await sender.declare_queue(self._name(box), durable=True)
             await queue.bind(exchange, self._name(box))
-        await self._listen_alone(await self._channel(connection), exchange)
+        own = await self._listen_alone(await self._channel(connection), exchange)
         reader = await self._channel(connection)
         await reader.set_qos(prefetch_count=PREFETCH)
         shared = await reader.declare_queue(self._name(STATUS_UPDATE), durable=True)
         self._exchange = exchange
         self._ready.set()
         await shared.consume(self._letters.put)
-        return shared
+        return shared, own
 
-    async def _listen_alone(self, channel: AbstractChannel, exchange: AbstractExchange) -> None:
+    async def _listen_alone(self, channel: AbstractChannel, exchange: AbstractExchange) -> AbstractQueue:
         own = await channel.declare_queue(exclusive=True, auto_delete=True)
         await own.bind(exchange, self._name(STATUS_UPDATE))
         await own.consume(self._copies.put, no_ack=True)
+        return own
 
     async def _channel(self, connection: AbstractConnection) -> AbstractChannel:
         channel = connection.channel(publisher_confirms=True, on_return_raises=True)
@@ -263,7 +265,7 @@ class AmqpPost:
     def _on_close(self, *_: Any) -> None:
         self._broken.set()
 
-    async def _until_broken(self, shared: AbstractQueue) -> None:
+    async def _until_broken(self, shared: AbstractQueue, own: AbstractQueue) -> None:
         while True:
             try:
                 async with asyncio.timeout(self._check_every):
@@ -272,7 +274,9 @@ class AmqpPost:
             except TimeoutError:
                 async with asyncio.timeout(self._timeout):
                     found = await _ours(shared.declare())
-                if not found.consumer_count:
+                    # The broker chose its name, under which nobody may declare one that is gone.
+                    still = await _ours(own.channel.declare_queue(own.name, passive=True))
+                if not (found.consumer_count and still.declaration_result.consumer_count):
                     return
 
     def _tell(self, trouble: str) -> None:

@@ -149,41 +149,52 @@ class MailCarrier:
     # Letters
 
     async def _for_ever(self, listen: Callable[[], Awaitable[None]]) -> None:
-        """A mistake of ours about one letter must not make us deaf to those that follow."""
+        """A mistake of ours must not make us deaf to what follows."""
         while True:
             try:
                 await listen()
             except Exception:
-                log.exception("a message of %s could not be handled", self._post.where)
+                log.exception("listening to %s failed", self._post.where)
             await asyncio.sleep(DEAF)
 
     async def _wake(self) -> None:
         copies = self._post.copies()
         assert copies is not None, "whoever has none is not listened to twice"
         async for letter in copies:
-            if (heard := _read(letter)) is not None:
-                self._hear(*heard)
+            with self._bearing():
+                if (heard := _read(letter)) is not None:
+                    self._hear(*heard)
 
     async def _sort(self, *, wakes: bool) -> None:
         """Take Pulsar's letters, one by one, each for as long as it takes to be noted."""
         async for letter in self._post.letters():
-            heard = _read(letter)
-            if heard is None:
-                log.warning(
-                    "%s: a message that is no status of a job was dropped: %s", self._post.where, _words(letter)
-                )
-                continue
-            job_id, status = heard
-            if wakes:
-                self._hear(job_id, status)
-            if errand.is_errand(job_id):
-                self._hear_of_errand(job_id, status)
-                if status.state in ENDED:
-                    self._spend(job_id)
-            elif _is_news(status):
-                self._taken.clear()
-                self._out.put_nowait(heard)
-                await self._taken.wait()
+            with self._bearing():
+                await self._take(letter, wakes=wakes)
+
+    @contextmanager
+    def _bearing(self) -> Iterator[None]:
+        """A mistake of ours about one letter must not bring it back for ever, with all that were before it."""
+        try:
+            yield
+        except Exception:
+            log.exception("a message of %s could not be handled", self._post.where)
+
+    async def _take(self, letter: object, *, wakes: bool) -> None:
+        heard = _read(letter)
+        if heard is None:
+            log.warning("%s: a message that is no status of a job was dropped: %s", self._post.where, _words(letter))
+            return
+        job_id, status = heard
+        if wakes:
+            self._hear(job_id, status)
+        if errand.is_errand(job_id):
+            self._hear_of_errand(job_id, status)
+            if status.state in ENDED:
+                self._spend(job_id)
+        elif _is_news(status):
+            self._taken.clear()
+            self._out.put_nowait(heard)
+            await self._taken.wait()
 
     def _hear(self, job_id: str, status: Status) -> None:
         awaited = self._awaited.get(job_id)
