@@ -211,6 +211,10 @@ class Embedded(SiteKeys):
     """The Pulsar that the service starts for itself when none is named."""
 
 
+RELAY_PASSWORD = 16
+"""Characters at least: whoever reaches the relay may guess as often as our server answers."""
+
+
 class SiteSettings(Pulsar):
     """One of several sites."""
 
@@ -336,6 +340,8 @@ class Settings(Section):
                 continue
             if not site.relay_password:
                 raise ValueError(f"sites.{index}.relay_password: the carrier relay needs what its Pulsar logs in with")
+            if len(site.relay_password) < RELAY_PASSWORD:
+                raise ValueError(f"sites.{index}.relay_password: must have at least {RELAY_PASSWORD} characters")
             if passwords.setdefault(site.relay_account, site.relay_password) != site.relay_password:
                 raise ValueError(f"sites.{index}.relay_password: another site has the same user, and another password")
             topic = (site.relay_account, site.relay_topic_prefix, site.manager or "_default_")

@@ -65,10 +65,7 @@ POLLS: Final = 2
 """Polls of one manager that are held open. (Of a Pulsar that was killed one may still be there.)"""
 
 GUESSES: Final = 4
-"""Failed logins from one address that are kept waiting at a time: whoever guesses elsewhere keeps no Pulsar out."""
-
-STRANGERS: Final = 64
-"""The same for all addresses of one account together."""
+"""Failed logins of one account that are kept waiting at a time."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,7 @@ class Relay:
         self._look_every = look_every
         self._closing = False
         self._clock = clock
-        self._failing: Counter[tuple[str, str | None]] = Counter()  # by account, by address and in all
+        self._failing: Counter[str] = Counter()
         self._polls: dict[str, list[asyncio.Event]] = {}
         self._passed: dict[str, int] = {}
 
@@ -158,26 +155,23 @@ class Relay:
         form = _form(await self._body(request, FORM_BYTES))
         account = self._accounts.get(form["username"])
         name = account.user if account else ""
-        where = request.client.host if request.client else ""
-        # Without a look: guessing must not get faster by asking more often.
-        if self._failing[name, where] >= GUESSES or self._failing[name, None] >= STRANGERS:
-            raise HTTPException(429, "Too many failed logins; please try again.", {"Retry-After": "2"})
         if account is None or not _same(form["password"], account.password):
-            await self._fail(name, where)
+            await self._fail(name)
         assert account is not None
         document = [account.user, secrets.token_hex(6), int(self._clock()) + TOKEN_SECONDS]
         answer = {"access_token": _sign(document, account.key), "expires_in": TOKEN_SECONDS, "token_type": "bearer"}
         return Json(answer, headers={"Cache-Control": "no-store"})
 
-    async def _fail(self, name: str, where: str) -> None:
+    async def _fail(self, name: str) -> None:
+        """Refuse a login, after a while. No guess keeps the right password out, which is too long to be guessed."""
+        if self._failing[name] >= GUESSES:
+            raise HTTPException(429, "Too many failed logins; please try again.", {"Retry-After": "2"})
         log.warning("Relay: a login %s was refused.", f"as {name!r} with a wrong password" if name else "of nobody")
-        self._failing.update([(name, where), (name, None)])
+        self._failing[name] += 1
         try:
             await asyncio.sleep(self._penalty)
         finally:
-            self._failing.subtract([(name, where), (name, None)])
-            if not self._failing[name, where]:
-                del self._failing[name, where]  # nobody may fill our memory with addresses
+            self._failing[name] -= 1
         raise _stranger("The user or the password is wrong.")
 
     def _caller(self, request: Request) -> Login:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -355,11 +355,7 @@ def test_guessing_is_slow(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with SqliteStore(":memory:") as store:
             app = relay_app(store.mail, ACCOUNT, OTHER, penalty=0.5)
-            elsewhere = httpx.AsyncClient(
-                transport=httpx.ASGITransport(app, client=("192.0.2.7", 1)), base_url="http://relay"
-            )
-            here = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://relay")
-            async with here as client, elsewhere as pulsar:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://relay") as client:
                 wrong = {**FORM, "password": "guess"}
                 answers = await asyncio.gather(*(client.post("/auth/login", data=wrong) for _ in range(50)))
                 found = [each.status_code for each in answers]
@@ -369,30 +365,12 @@ def test_guessing_is_slow(caplog: pytest.LogCaptureFixture) -> None:
                     asyncio.create_task(client.post("/auth/login", data=wrong)) for _ in range(relay_api.GUESSES)
                 ]
                 await login(client, "other", "another password")
-                await login(pulsar)
+                await login(client)  # no guess keeps out who knows it
                 await asyncio.gather(*guesses)
                 await login(client)
-                await flood(app, wrong)
 
     asyncio.run(main())
     assert "guess" not in caplog.text
-
-
-async def flood(app: FastAPI, wrong: dict[str, str]) -> None:
-    """However many addresses somebody has, only so many guesses are looked at."""
-    async with AsyncExitStack() as stack:
-        clients = [
-            await stack.enter_async_context(
-                httpx.AsyncClient(
-                    transport=httpx.ASGITransport(app, client=(f"192.0.2.{number}", 1)), base_url="http://relay"
-                )
-            )
-            for number in range(100)
-        ]
-        answers = await asyncio.gather(*(client.post("/auth/login", data=wrong) for client in clients))
-        found = [each.status_code for each in answers]
-        assert 0 < found.count(401) <= relay_api.STRANGERS
-        assert set(found) == {401, 429}
 
 
 @on

@@ -19,7 +19,7 @@ from tesp_api.settings import Settings, load, prepare_data_dir
 FILE = Path(__file__).parent.parent.parent / "settings.toml"
 
 
-RELAY = '[[default.sites]]\ncarrier = "relay"\nrelay_password = "s3cret"'
+RELAY = '[[default.sites]]\ncarrier = "relay"\nrelay_password = "s3cret-s3cret-s3cret"'
 """The beginning of a site at the relay."""
 
 
@@ -98,6 +98,10 @@ def refused(
         ('[default.pulsar]\namqp_url = "amqp://h"\n[default.dispatch]\nlease = 19', ["dispatch.lease", "20 seconds"]),
         ('[[default.sites]]\nname = "a"\ncarrier = "amqp"', ["sites.0.amqp_url"]),
         ('[[default.sites]]\nname = "a"\ncarrier = "relay"', ["sites.0.relay_password"]),
+        (
+            RELAY.replace("s3cret-s3cret-s3cret", "15-characters..") + '\nname = "a"',
+            ["sites.0.relay_password", "at least 16"],
+        ),
         (f'{RELAY}\nname = "a"\nrelay_topic_prefix = "a b"', ["sites.0.relay_topic_prefix"]),
         (f'{RELAY}\nname = "a"\n[default.dispatch]\nlease = 19', ["dispatch.lease", "20 seconds"]),
         (f'{RELAY}\nname = "a"\nrelay_user = "u"\n{RELAY}\nname = "u"', ["sites.1.manager", "same user"]),
