@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-_OURS = ("TESP_REQUIRE_SERVICES", "TESP_SITES_TASKS", "TES_OPENAPI", "TESP_UPDATE_GOLDEN")
+_OURS = ("TESP_REQUIRE_SERVICES", "TESP_SITES_TASKS", "TES_OPENAPI", "TESP_UPDATE_GOLDEN", "TESP_PULSAR_PYTHON")
 for _name in [name for name in os.environ if name.startswith(("TESP_", "TES_", "CONTAINER_TYPE", "FASTAPI_PROFILE"))]:
     if _name not in _OURS and not _name.startswith("TESP_CHAOS"):
         del os.environ[_name]

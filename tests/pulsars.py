@@ -94,6 +94,9 @@ async def exists(path: Path, *, within: float = 60.0) -> None:
     await until(look, str(path), within=within)
 
 
+PYTHON = os.environ.get("TESP_PULSAR_PYTHON", sys.executable)
+"""The interpreter whose Pulsar is started; that variable names the one of another environment, with another release."""
+
 DOCKER = Path(__file__).parent.parent / "docker" / "pulsar"
 """The configuration files that docs/pulsar.md hands to admins."""
 
@@ -129,11 +132,11 @@ class PulsarServer:
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        path = f"{Path(PYTHON).parent}:{os.environ['PATH']}"
         environment = {"HOME": str(self.directory), "PATH": path, **self._variables}
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "pulsar.scripts.serve", str(self.directory / "server.ini")],
+                [PYTHON, "-P", "-m", "pulsar.scripts.serve", str(self.directory / "server.ini")],
                 cwd=self.directory,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -174,7 +177,7 @@ class PulsarMain:
 
     def __init__(self, directory: Path, config: str, **names: str) -> None:
         self.directory, self.staging = directory, directory / "staging"
-        self.path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.path = f"{Path(PYTHON).parent}:{os.environ['PATH']}"
         self.variables: dict[str, str] = {}  # further ones for its environment
         self.process: subprocess.Popen[bytes] | None = None
         directory.mkdir(parents=True, exist_ok=True)
@@ -189,7 +192,7 @@ class PulsarMain:
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-P", "-m", "pulsar.main", "-c", str(self.directory)),
+                    *(PYTHON, "-P", "-m", "pulsar.main", "-c", str(self.directory)),
                     *("--app_conf_path", str(self.directory / "app.yml")),
                 ],
                 cwd=self.directory,
