@@ -216,13 +216,18 @@ def reports(attempt: Attempt, now: float) -> bool:
 
 
 def look_now(task: Task, now: float) -> Change | None:
-    """Somebody wants to see what a running task does. None: it is looked at soon anyway, or tells by itself."""
+    """Somebody wants to see what a running task does. None: it is looked at soon anyway, or tells by itself.
+
+    The next look may be near and yet not bring what somebody wants to see: where that is dear, only who is watched is
+    looked at so closely.
+    """
     attempt = task.attempt
-    if task.state is not TesState.RUNNING or attempt is None or reports(attempt, now):
+    if task.state is not TesState.RUNNING or attempt is None or reports(attempt, now) or task.due_at is None:
         return None
-    if task.due_at is None or task.due_at - now <= SOON:
+    soon = task.due_at - now <= SOON
+    if soon and is_watched(attempt, now):
         return None
-    return _change(task, due_at=now, attempt=replace(attempt, watched=now))
+    return _change(task, due_at=KEEP if soon else now, attempt=replace(attempt, watched=now))
 
 
 def is_watched(attempt: Attempt, now: float) -> bool:

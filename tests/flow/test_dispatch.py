@@ -609,6 +609,24 @@ async def test_the_look_for_one_who_looks_is_a_fresh_one(world: World) -> None:
     assert world.site.calls.count(("observe", job_id)) == looks + 1
 
 
+@on()
+async def test_a_young_job_is_looked_at_freshly_too(world: World) -> None:
+    """The pauses between its looks are short, but where looking is dear, they bring nothing new by themselves."""
+    (task,) = await world.add()
+    await world.step()
+    world.site.job().run()
+    await world.step()
+    current = await world.get(task)
+    assert current.due_at is not None
+    assert current.due_at - world.now <= 1
+    change = lifecycle.look_now(current, world.now)
+    assert change is not None
+    await world.store.apply(task.id, change)
+    await world.step(1)
+    await world.step()
+    assert ("freshen", f"{task.id}-1") in world.site.calls
+
+
 # Tokens
 
 

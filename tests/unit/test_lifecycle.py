@@ -633,7 +633,10 @@ def test_who_looks_at_a_running_task_has_its_job_looked_at() -> None:
     assert lifecycle.is_watched(last(watched), NOW + 1)
     assert not lifecycle.is_watched(last(watched), NOW + 60)
     assert not lifecycle.is_watched(last(task), NOW)
-    assert lifecycle.look_now(replace(task, due_at=NOW + 0.5), NOW) is None, "it will be, soon"
+    soon = replace(task, due_at=NOW + 0.5)
+    watched = applied(soon, lifecycle.look_now(soon, NOW))
+    assert (watched.due_at, lifecycle.is_watched(last(watched), NOW + 0.5)) == (NOW + 0.5, True)
+    assert lifecycle.look_now(watched, NOW + 0.2) is None, "it will be, soon"
     assert lifecycle.look_now(replace(task_in(S.RUNNING, reported=NOW), due_at=NOW + 5), NOW) is None
     for state in set(S) - {S.RUNNING}:
         assert lifecycle.look_now(replace(task_in(state), due_at=NOW + 5), NOW) is None
