@@ -67,6 +67,9 @@ POLLS: Final = 2
 GUESSES: Final = 4
 """Failed logins of one account that are kept waiting at a time."""
 
+TELL_EVERY: Final = 60.0
+"""Seconds between two lines in the log about failed logins of one account."""
+
 
 @dataclass(frozen=True)
 class Account:
@@ -138,6 +141,7 @@ class Relay:
         self._closing = False
         self._clock = clock
         self._failing: Counter[str] = Counter()
+        self._tell_at: dict[str, float] = {}
         self._polls: dict[str, list[asyncio.Event]] = {}
         self._passed: dict[str, int] = {}
 
@@ -166,7 +170,9 @@ class Relay:
         """Refuse a login, after a while. No guess keeps the right password out, which is too long to be guessed."""
         if self._failing[name] >= GUESSES:
             raise HTTPException(429, "Too many failed logins; please try again.", {"Retry-After": "2"})
-        log.warning("Relay: a login %s was refused.", f"as {name!r} with a wrong password" if name else "of nobody")
+        if time.monotonic() >= self._tell_at.get(name, 0.0):
+            log.warning("Relay: a login %s was refused.", f"as {name!r} with a wrong password" if name else "of nobody")
+            self._tell_at[name] = time.monotonic() + TELL_EVERY
         self._failing[name] += 1
         try:
             await asyncio.sleep(self._penalty)

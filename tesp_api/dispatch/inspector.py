@@ -67,7 +67,7 @@ class Inspector:
         except SiteClosed as error:
             self._health.refused(name, str(error))
         except (SiteError, TimeoutError) as error:
-            self._health.silent(name, str(error) or "It did not answer in time.")
+            self._health.silent(name, str(error) or f"The site {name!r} did not answer in time.")
         except Exception as error:
             log.exception("the check of %s failed", name)
             self._health.silent(name, f"The service failed: {type(error).__name__}")

@@ -430,7 +430,7 @@ def test_a_named_manager(tmp_path: Path) -> None:
             await ended(site, plan.job_id)
         carrier = RestCarrier(server.url, private_token=server.token, manager="nobody")
         async with PulsarSite(FACTS, carrier, RUNNER) as site:
-            with pytest.raises(SiteUnavailable, match="HTTP 500"):
+            with pytest.raises(SiteUnavailable, match=r"HTTP 500.*has it a manager 'nobody'\?"):
                 await site.submit(new_plan())
 
     try:

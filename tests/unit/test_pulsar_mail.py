@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
@@ -46,7 +47,7 @@ class SmallPulsar:
     `gate` holds errands back; `ends` says how an errand ends instead of well; `alone`: letters are all there is.
     """
 
-    where = "a small Pulsar"
+    where, doubt = "a small Pulsar", "is it there"
 
     def __init__(self, staging: Path, *, alone: bool = False) -> None:
         self.staging, self.alone = staging, alone
@@ -499,6 +500,27 @@ def test_a_delivery_goes_on_when_a_submit_gives_up(tmp_path: Path) -> None:
         assert post.errands == 1
         assert post.states["t-2"] == "running"
         assert "t-1" not in post.states
+
+    with_pulsar(test, tmp_path)
+
+
+def test_a_delivery_that_fails_when_nobody_waits_any_more_is_no_news(tmp_path: Path) -> None:
+    async def test(post: SmallPulsar, carrier: MailCarrier) -> None:
+        unheard: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: unheard.append(context))
+        site = PulsarSite(SiteFacts(name="x"), carrier, standin.bundle())
+        post.gate.clear()
+        post.ends = {"status": "failed", "realized_dynamic_file_sources": None}
+        submit = asyncio.create_task(site.submit(job.Plan(job_id="t-1", task_id="t", executors=[])))
+        await settled()
+        submit.cancel()
+        await settled()
+        post.gate.set()
+        while any("deliver" in str(each.get_coro()) for each in asyncio.all_tasks()):
+            await asyncio.sleep(0)
+        gc.collect()
+        await settled()
+        assert (post.errands, unheard) == (1, [])
 
     with_pulsar(test, tmp_path)
 

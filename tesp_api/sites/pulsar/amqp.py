@@ -92,6 +92,9 @@ class AmqpPost:
         self._url, shown = _url(url)
         manager = manager or DEFAULT_MANAGER
         self.where = f"Pulsar behind {shown}" + ("" if manager == DEFAULT_MANAGER else f" (manager {manager})")
+        self.doubt = "does Pulsar run there, with this manager" + (
+            f" and the prefix {key_prefix!r}" if key_prefix else ""
+        )
         self._broker = f"The broker {shown}"
         self._prefix = key_prefix or ("pulsar_" if manager == DEFAULT_MANAGER else f"pulsar_{manager}_")
         self._timeout = timeout
@@ -284,7 +287,7 @@ class AmqpPost:
         if trouble and trouble != self._trouble:
             log.warning("%s", trouble)
         elif not trouble:
-            log.info("%s is connected.", self.where)
+            log.info("%s is connected.", self._broker)
         self._trouble = trouble
         self._tried.set()
 

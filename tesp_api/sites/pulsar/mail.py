@@ -231,7 +231,7 @@ class MailCarrier:
                     later.result()  # a later question that failed says nothing of this one
                     return None
         except TimeoutError:
-            raise SiteUnavailable(f"{self._post.where} did not answer in time; does Pulsar run there?") from None
+            raise SiteUnavailable(f"{self._post.where} did not answer in time; {self._post.doubt}?") from None
 
     def _later_answer(self, number: int) -> asyncio.Task[Status]:
         """The answer to a question after that of this number, about nobody; one for all who wait, as Pulsar is slow."""
@@ -331,7 +331,7 @@ class MailCarrier:
                 return await ended
         except TimeoutError:
             raise SiteUnavailable(
-                f"{self._post.where} did not run a small job of ours in time; does Pulsar run there, and is it busy?"
+                f"{self._post.where} did not run a small job of ours in time; is it busy, or {self._post.doubt}?"
             ) from None
         finally:
             asking.cancel()

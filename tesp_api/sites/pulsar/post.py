@@ -17,10 +17,11 @@ STATUS: Final = "status"
 class Post(Protocol):
     """Letters to and from one Pulsar manager. An async context; errors are SiteUnavailable and SiteRefused.
 
-    `where` names the other side in error messages, without secrets.
+    `where` names the other side in error messages, without secrets; `doubt` is what to ask oneself if it is silent.
     """
 
     where: str
+    doubt: str
 
     async def send(self, box: str, letter: Mapping[str, object]) -> None:
         """Put a JSON object into a box of Pulsar's; once this returns, it is kept until Pulsar takes it.

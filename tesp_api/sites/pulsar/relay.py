@@ -43,6 +43,7 @@ class RelayPost:
         self, mailbox: Mailbox, manager: Manager, *, keep: float = KEEP, look_every: float = LOOK_EVERY
     ) -> None:
         self.where = f"the Pulsar that takes its letters at our relay for the site {manager.site}"
+        self.doubt = "does it run, and log in here with the right password (our log tells of refused logins)"
         self._mailbox = mailbox
         self._manager = manager
         self._keep, self._look_every = keep, look_every

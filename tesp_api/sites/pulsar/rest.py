@@ -84,6 +84,7 @@ class RestCarrier:
         self.where = f"Pulsar at {uds}" if uds else f"Pulsar at {base.scheme}://{base.netloc.decode('ascii')}"
         prefix = f"/managers/{quote(manager, safe='')}" if manager else ""
         self._base = base.copy_with(path=base.path.rstrip("/") + prefix, query=None, fragment=None)
+        self._manager = manager
         self._private_token = private_token
         self._uds = uds
         self._verify = verify
@@ -286,7 +287,8 @@ class RestCarrier:
                 f"{self.where} refuses us (401): the site's `private_token` is not the one in Pulsar's configuration."
             )
         if code >= 500 or code in (408, 425, 429):
-            return SiteUnavailable(f"{self.where} failed to answer the {what} (HTTP {code}).")
+            doubt = f"; has it a manager {self._manager!r}?" if self._manager and code == 500 else "."
+            return SiteUnavailable(f"{self.where} failed to answer the {what} (HTTP {code}){doubt}")
         refused = SiteRefused if code in OF_THE_JOB else SiteClosed
         return refused(f"{self.where} refused the {what} (HTTP {code}); is there a Pulsar at that address?")
 

@@ -170,6 +170,7 @@ class PulsarSite:
             return
         if self._delivery is None:
             self._delivery = asyncio.create_task(self._deliver_once())
+            self._delivery.add_done_callback(_heard)
         await asyncio.shield(self._delivery)
 
     async def _deliver_once(self) -> None:
@@ -551,6 +552,12 @@ class PulsarSite:
 
 async def _no() -> bool:
     return False
+
+
+def _heard(delivery: asyncio.Task[None]) -> None:
+    """Whoever waited for it may have given up; then the next submit finds out the same."""
+    if not delivery.cancelled():
+        delivery.exception()
 
 
 async def _next(
