@@ -92,7 +92,7 @@ class Health:
         circuit.error, circuit.error_at = reason, now
         if site not in self._silent:
             self._silent.add(site)
-            log.warning("The site %r does not answer; its tasks wait: %s", site, reason)
+            log.warning("The site %r does not answer: %s", site, reason)
         if circuit.opened:
             if circuit.is_due(now):
                 circuit.open(now)
