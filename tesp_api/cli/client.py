@@ -106,9 +106,9 @@ def cancel(task_id: TaskId, url: Url = HERE) -> None:
 
 
 def sites(url: Url = HERE) -> None:
-    """Print the sites of the service: how they are, and what they carry."""
+    """Print the sites of the service: how they are, what they carry, and what they offer."""
     base = url.rstrip("/").removesuffix("/v1").removesuffix("/ga4gh/tes")
-    rows = [("NAME", "CARRIER", "HEALTH", "VERSION", "JOBS", "CPUS", "RAM_GB", "LAST ERROR")]
+    rows = [("NAME", "CARRIER", "HEALTH", "VERSION", "JOBS", "CPUS", "RAM_GB", "OFFERS", "LAST ERROR")]
     for site in _request("GET", base + "/tesp/v1/sites")["sites"]:
         load, capacity, error = site["load"], site["capacity"], site.get("last_error")
         used = (
@@ -116,11 +116,26 @@ def sites(url: Url = HERE) -> None:
             _of(load["cpus"], capacity.get("cpus")),
             _of(load["ram_gb"], capacity.get("ram_gb")),
         )
-        said = f"{error['time'][:19]} {_printable(error['message'])}" if error else ""
-        rows.append((site["name"], site["carrier"], site["health"], site.get("version", ""), *used, said))
+        said = f"{error['time'][:19]}Z {_printable(error['message'])}" if error else ""
+        version, offers = site.get("version", ""), _printable(_offers(site))
+        rows.append((site["name"], site["carrier"], site["health"], version, *used, offers, said))
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     for row in rows:
         typer.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _offers(site: dict[str, Any]) -> str:
+    """What a site has that tasks may ask for, such as `zones=eu labels=gpu:a100 batch queues=long,short`."""
+    disk = site["capacity"].get("disk_gb")
+    offers: dict[str, Any] = {
+        "zones": site.get("zones"),
+        "labels": [f"{key}:{value}" for key, value in site.get("labels", {}).items()],
+        "disk_gb": [f"{disk:g}"] if disk else None,
+        "preemptible": site.get("preemptible"),
+        "batch": site.get("batch"),
+        "queues": site.get("queues"),
+    }
+    return " ".join(name if each is True else f"{name}={','.join(each)}" for name, each in offers.items() if each)
 
 
 def _printable(text: str) -> str:

@@ -8,9 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tesp_api import app
 from tesp_api.errors import TespError
-from tesp_api.settings import load
 
 
 def migrate(
@@ -19,6 +17,9 @@ def migrate(
     settings_file: Annotated[Path | None, typer.Option("--settings", help="Instead of ./settings.toml.")] = None,
 ) -> None:
     """Move all tasks of the SQLite store into MongoDB. The service must be stopped; may be repeated."""
+    from tesp_api import app  # as in serve: no command of the client is to wait for it
+    from tesp_api.settings import load
+
     given = {"db.mongodb_uri": to, "server.data_dir": data_dir}
     try:
         settings = load(settings_file, overrides={key: value for key, value in given.items() if value is not None})

@@ -1,18 +1,21 @@
-"""`tesp serve`: the service on an HTTP port."""
+"""`tesp serve`: the service on an HTTP port.
+
+What only a service needs is imported when one starts: all commands of the client would have to wait for it.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import uvicorn
 
 from tesp_api import logs
-from tesp_api.app import create_app, settle
 from tesp_api.errors import TespError
-from tesp_api.settings import Settings, load, prepare_data_dir
+
+if TYPE_CHECKING:
+    from tesp_api.settings import Settings
 
 
 def serve(
@@ -26,6 +29,10 @@ def serve(
     if workers > 1:
         _share_port(workers, host, port, data_dir, settings_file)
         return
+    import uvicorn
+
+    from tesp_api.app import create_app, settle
+
     given = {"server.host": host, "server.port": port, "server.data_dir": data_dir}
     settings = _settings({key: value for key, value in given.items() if value is not None}, settings_file)
     try:
@@ -40,6 +47,8 @@ def _share_port(
     workers: int, host: str | None, port: int | None, data_dir: Path | None, settings_file: Path | None
 ) -> None:
     """Several processes, each of which reads the settings for itself: they get the options as variables."""
+    import uvicorn
+
     given = {
         "TESP_SERVER__HOST": host,
         "TESP_SERVER__PORT": port,
@@ -67,6 +76,8 @@ def _options(settings: Settings) -> dict[str, Any]:
 
 def _settings(overrides: dict[str, Any], file: Path | None = None) -> Settings:
     """The settings, with the log set up by them and the data directory made; a fault ends the process in one line."""
+    from tesp_api.settings import load, prepare_data_dir
+
     try:
         settings = load(file, overrides=overrides)
         logs.configure(settings.logging.level, as_json=settings.logging.output_json)

@@ -221,13 +221,23 @@ SITES = {
             "version": "0.15.16",
             "capacity": {"max_jobs": 8, "cpus": 16.0},
             "load": {"jobs": 2, "cpus": 3.0, "ram_gb": 1.5},
+            "zones": [],
+            "labels": {},
+            "preemptible": False,
+            "batch": False,
+            "queues": [],
         },
         {
             "name": "far-away",
             "carrier": "amqp",
             "health": "down",
-            "capacity": {},
+            "capacity": {"disk_gb": 100.0},
             "load": {"jobs": 0, "cpus": 0.0, "ram_gb": 0.0},
+            "zones": ["eu-1", "us"],
+            "labels": {"gpu": "a100", "disk": "s\u001bd"},
+            "preemptible": True,
+            "batch": True,
+            "queues": ["short", "long"],
             "last_error": {"message": "no\u001b[31m answer", "time": "2026-01-31T12:00:00.000000Z"},
         },
     ]
@@ -257,8 +267,32 @@ def test_the_sites_as_a_table(path: str) -> None:
             server.shutdown()
             thread.join()
     assert done.exit_code == 0, done.output
+    offers = "zones=eu-1,us labels=gpu:a100,disk:s?d disk_gb=100 preemptible batch queues=short,long"
     assert done.stdout.splitlines() == [
-        "NAME      CARRIER  HEALTH  VERSION  JOBS  CPUS  RAM_GB  LAST ERROR",
+        f"NAME      CARRIER  HEALTH  VERSION  JOBS  CPUS  RAM_GB  {'OFFERS':{len(offers)}}  LAST ERROR",
         "a         rest     up      0.15.16  2/8   3/16  1.5",
-        "far-away  amqp     down             0     0     0       2026-01-31T12:00:00 no?[31m answer",
+        f"far-away  amqp     down             0     0     0       {offers}  2026-01-31T12:00:00Z no?[31m answer",
     ]
+
+
+# What a command of the client waits for before it begins
+
+
+HEAVY = """
+import runpy, sys
+try:
+    runpy.run_module("tesp_api", run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    print("exit", end.code)
+heavy = {"fastapi", "starlette", "uvicorn", "motor", "pymongo", "dynaconf", "aio_pika"}
+print(*sorted(heavy & set(sys.modules)))
+print(*sorted({"tesp_api.app", "tesp_api.settings", "tesp_api.store", "tesp_api.tes"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(("--help",), 0), (("serve", "--help"), 0), (("sites", "--url", "http://127.0.0.1:1"), 2)]
+)
+def test_the_client_does_not_load_the_service(tmp_path: Path, arguments: tuple[str, ...], code: int) -> None:
+    done = python("-c", HEAVY, *arguments, cwd=tmp_path)
+    assert done.stdout.splitlines()[-3:] == [f"exit {code}", "", ""], done.stderr
