@@ -134,36 +134,46 @@ def seconds(text: str) -> int | None:
 def accept(spec: TesTask, offers: Offers) -> tuple[TesTask, list[str]]:
     """The task without the parameters that no site it may go to honours, and a line for each one dropped.
 
-    InvalidRequest for a value that makes no sense and, if the task says `backend_parameters_strict`, instead of a drop.
+    InvalidRequest for a value that makes no sense, whether or not a site would honour it, for a key that is there
+    twice, and, if the task says `backend_parameters_strict`, instead of a drop.
     """
     given = _given(spec.resources)
     if not given:
         return spec, []
     site = given.get(SITE, "")
     eligible = {site: offers[site]} if site in offers else offers
-    spec, lines = drop_unsupported(spec, known(eligible))
-    faults = list(_faults(spec.resources, offers, eligible))
+    faults = _faults(spec.resources, offers, eligible)
     if faults:
         raise refusal(faults)
-    return spec, lines
+    return drop_unsupported(spec, known(eligible))
 
 
 def _faults(resources: TesResources | None, offers: Offers, eligible: Offers) -> list[Detail]:
-    found = []
+    found, seen = [], dict[str, str]()
     for key, value in (resources.backend_parameters or {} if resources else {}).items():
-        name, text = key.lower(), str(value).strip()
-        if name == SITE and text not in offers:
-            fault = f"must be the name of a site (one of {', '.join(sorted(offers))})"
-        elif name == TIME_LIMIT and seconds(text) is None:
-            fault = "must be a whole number of seconds, at least 1, or HH:MM:SS"
-        elif name == QUEUE_KEY and not _is_queue(text):
-            fault = "must be the name of a queue: at most 64 of A-Z a-z 0-9 _ . -"
-        elif name == QUEUE_KEY and not _has_queue(eligible.values(), text):
-            fault = "must be a queue that a site has"
-        else:
+        name = key.lower()
+        if name not in (SITE, TIME_LIMIT, QUEUE_KEY):
             continue
-        found.append(Detail(f"resources.backend_parameters.{key}", fault))
+        first = seen.setdefault(name, key)
+        fault = _fault(name, str(value).strip(), offers, eligible)
+        if first != key:  # only one of them would be read
+            fault = f"is there twice, as case does not matter: {first} is the same key"
+        if fault:
+            found.append(Detail(f"resources.backend_parameters.{key}", fault))
     return found
+
+
+def _fault(name: str, text: str, offers: Offers, eligible: Offers) -> str | None:
+    """What is wrong with the value of a known key, as the rest of a sentence."""
+    if name == SITE and offers and text not in offers:
+        return f"must be the name of a site (one of {', '.join(sorted(offers))})"
+    if name == TIME_LIMIT and seconds(text) is None:
+        return "must be a whole number of seconds, at least 1, or HH:MM:SS"
+    if name == QUEUE_KEY and not _is_queue(text):
+        return "must be the name of a queue: at most 64 of A-Z a-z 0-9 _ . -"
+    if name == QUEUE_KEY and QUEUE_KEY in known(eligible) and not _has_queue(eligible.values(), text):
+        return "must be a queue that a site has"
+    return None
 
 
 def _has_queue(offers: Collection[Offer], queue: str) -> bool:

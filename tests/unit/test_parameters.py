@@ -74,6 +74,32 @@ def test_odd_queues_are_refused(queue: str) -> None:
     assert "queue" in refused(MIXED, queue=queue)
 
 
+@pytest.mark.parametrize("offers", [PLAIN, MIXED])
+@pytest.mark.parametrize("given", [{"time_limit": "blah"}, {"Queue": "-p"}, {"site": "x"}])
+def test_nonsense_is_refused_whether_or_not_a_site_honours_it(offers: Offers, given: dict[str, str]) -> None:
+    refused(offers, **given)
+
+
+def test_nonsense_is_refused_at_a_site_that_would_not_read_it() -> None:
+    spec = make_spec(resources={"backend_parameters": {"site": "a", "time_limit": "blah"}})
+    with pytest.raises(InvalidRequest, match="time_limit must be"):
+        accept(spec, MIXED)
+
+
+@pytest.mark.parametrize("offers", [PLAIN, MIXED])
+@pytest.mark.parametrize(("key", "value"), [("site", "a"), ("queue", "long"), ("time_limit", "60")])
+def test_a_key_that_is_there_twice_is_refused(offers: Offers, key: str, value: str) -> None:
+    spec = make_spec(resources={"backend_parameters": {key: value, key.title(): value}})
+    with pytest.raises(InvalidRequest, match=rf"backend_parameters\.{key.title()} is there twice.* {key} is") as caught:
+        accept(spec, offers)
+    assert len(caught.value.details) == 1
+
+
+def test_keys_that_nobody_knows_are_dropped_however_they_are_written() -> None:
+    spec, lines = accept(make_spec(resources={"backend_parameters": {"x": "1", "X": "2"}}), PLAIN)
+    assert (read_wishes(spec.resources), len(lines)) == (Wishes(), 2)
+
+
 def test_values_that_make_no_sense_are_refused() -> None:
     assert "site" in refused(MIXED, Site="x")
     assert "HH:MM:SS" in refused(MIXED, time_limit="soon")
