@@ -3,7 +3,7 @@
 Sections of the file are profiles; `FASTAPI_PROFILE` lays one over `default`. `TESP_...` variables lie over both
 (`TESP_SERVER__PORT=8081`, two underscores for a dot), `CONTAINER_TYPE` over `container.runtime`. A key that is not
 known or a value that is not right stops the start with one line that names it, and the variable it came from.
-A text `env:NAME` stands for the variable NAME, so that secrets need not be in the file.
+A text `env:NAME` stands for the variable NAME, so that secrets need not be in the file; `env:` and no name is refused.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ BY_MAIL = ("amqp", "relay")
 SHORTEST_LEASE_BY_MAIL = 20.0
 """Seconds."""
 
+VARIABLE = "env:"
+"""What the text begins with that stands for a variable."""
+
+SITE_NAME = "[A-Za-z0-9_.-]{1,64}"
+"""What the name of a site looks like."""
+
 Origins = dict[tuple[str, ...], str]
 """Which variable a setting came from, by the setting's path."""
 
@@ -59,6 +65,13 @@ def _web(text: str) -> str:
 
 def _web_or_nothing(text: str) -> str:
     return _web(text) if text else text
+
+
+def _pulsar_or_nothing(text: str) -> str:
+    """A query would be dropped, and with it a token that somebody has put there."""
+    if "?" in text or "#" in text:
+        raise ValueError("must have neither a query nor a fragment; a token belongs in private_token")
+    return _web_or_nothing(text)
 
 
 def _broker_or_nothing(text: str) -> str:
@@ -119,10 +132,21 @@ def _public(text: str) -> str:
     return text
 
 
+def _of_form(pattern: str, words: str) -> AfterValidator:
+    """Only texts of that pattern; `words` says of which form they must be."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(words)
+        return text
+
+    return AfterValidator(check)
+
+
 WebUrl = Annotated[str, AfterValidator(_web)]
 OptionalWebUrl = Annotated[str, AfterValidator(_web_or_nothing)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_one_as_list)]
-Queue = Annotated[str, Field(pattern=QUEUE)]
+Queue = Annotated[str, _of_form(QUEUE, "must be 1 to 64 of A-Z a-z 0-9 _ . -, and begin with neither . nor -")]
 
 
 class Section(BaseModel):
@@ -197,9 +221,9 @@ class SiteKeys(Section):
 class Pulsar(SiteKeys):
     """One Pulsar behind a REST address, or behind a message broker."""
 
-    url: OptionalWebUrl = Field(default="", repr=False)
+    url: Annotated[str, AfterValidator(_pulsar_or_nothing)] = Field(default="", repr=False)
     amqp_url: Annotated[str, AfterValidator(_broker_or_nothing)] = Field(default="", repr=False)
-    amqp_key_prefix: str = Field(default="", pattern="^[A-Za-z0-9_.-]{0,100}$")
+    amqp_key_prefix: Annotated[str, _of_form("[A-Za-z0-9_.-]{0,100}", "must be at most 100 of A-Z a-z 0-9 _ . -")] = ""
     private_token: str = Field(default="", repr=False)
     manager: str = ""
     client_timeout: float = Field(default=30.0, gt=0)
@@ -218,11 +242,11 @@ RELAY_PASSWORD = 16
 class SiteSettings(Pulsar):
     """One of several sites."""
 
-    name: str = Field(pattern="^[A-Za-z0-9_.-]{1,64}$")
+    name: Annotated[str, _of_form(SITE_NAME, "must be 1 to 64 of A-Z a-z 0-9 _ . -")]
     carrier: Literal["rest", "amqp", "relay", "embedded", "local"]
     relay_user: str = ""
     relay_password: str = Field(default="", repr=False)
-    relay_topic_prefix: str = Field(default="", pattern="^[A-Za-z0-9_-]{0,64}$")
+    relay_topic_prefix: Annotated[str, _of_form("[A-Za-z0-9_-]{0,64}", "must be at most 64 of A-Z a-z 0-9 _ -")] = ""
     zones: Texts = ()
     labels: dict[str, str] = {}
     preemptible: bool = False
@@ -318,6 +342,16 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
+    def _no_pulsar_beside_them(self) -> Self:
+        """An address that is passed over looks like a site that gets no jobs."""
+        for key in ("url", "amqp_url"):
+            if self.sites and getattr(self.pulsar, key):
+                raise ValueError(
+                    f"pulsar.{key}: with [[default.sites]] that Pulsar is not used; unset it, or make it one of them"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _letters_take_their_time(self) -> Self:
         """What needs an errand at a Pulsar that is reached by letters must fit into a fraction of a lease."""
         if not self.sites and self.pulsar.url and self.pulsar.amqp_url:
@@ -379,7 +413,7 @@ def load(
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        raise SettingsError(_words(error, origins)) from None
+        raise SettingsError(_words(error, values, origins)) from None
 
 
 def prepare_data_dir(settings: Settings) -> None:
@@ -536,35 +570,57 @@ def _value(name: str, text: str) -> Any:
         raise SettingsError(f"settings: the value of {name} cannot be read") from None
 
 
-def _with_variables(value: Any, environ: Mapping[str, str], origins: Origins, at: tuple[int | str, ...] = ()) -> Any:
-    """`value` with each text `env:NAME` in it replaced by that variable's text."""
-    if isinstance(value, dict):
-        return {key: _with_variables(each, environ, origins, (*at, key)) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_with_variables(each, environ, origins, (*at, index)) for index, each in enumerate(value)]
-    if not isinstance(value, str) or not (named := re.fullmatch(r"env:([A-Za-z_][A-Za-z0-9_]*)", value)):
-        return value
-    if text := environ.get(named.group(1)):
-        return text
-    key = ".".join(str(part) for part in at)
-    raise SettingsError(f"settings: {key}: the variable {named.group(1)} is not set, or empty{_from(at, origins)}")
+def _with_variables(values: dict[str, Any], environ: Mapping[str, str], origins: Origins) -> dict[str, Any]:
+    """`values` with each text `env:NAME` in them replaced by that variable's text."""
+
+    def replaced(value: Any, at: tuple[int | str, ...] = ()) -> Any:
+        if isinstance(value, dict):
+            return {key: replaced(each, (*at, key)) for key, each in value.items()}
+        if isinstance(value, list):
+            return [replaced(each, (*at, index)) for index, each in enumerate(value)]
+        if not isinstance(value, str) or not value.startswith(VARIABLE):
+            return value
+        name = value.removeprefix(VARIABLE)
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):  # not repeated: who knows what it is
+            fault = f"what follows {VARIABLE} must be the name of a variable: A-Z a-z 0-9 _, not a digit first"
+        elif text := environ.get(name):
+            return text
+        else:
+            fault = f"the variable {name} is not set, or empty"
+        raise SettingsError(f"settings: {_key(at, values)}: {fault}{_from(at, origins)}")
+
+    return {key: replaced(each, (key,)) for key, each in values.items()}
 
 
-def _words(error: ValidationError, origins: Origins) -> str:
+def _words(error: ValidationError, values: Mapping[str, Any], origins: Origins) -> str:
     """The first fault as one line that names the key, and the variable if it came from one."""
     fault = error.errors(include_url=False)[0]
     location = fault["loc"]
-    key = ".".join(str(part) for part in location)
     if fault["type"] == "extra_forbidden":
-        return f"settings: {key} is not a known key{_from(location, origins, _alike(location, origins))}"
+        return f"settings: {_key(location, values)} is not a known key" + _from(
+            location, origins, _alike(location, origins)
+        )
     message = str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "tuple_type":
         message = "must be a list"
     elif fault["type"] == "model_type":
         message = "must be a table"
     if not location:  # said of the whole: the message begins with the key
-        location = tuple(message.partition(": ")[0].split("."))
-    return f"settings: {key + ': ' if key else ''}{message}{_from(location, origins)}"
+        key, _, message = message.partition(": ")
+        location = tuple(key.split("."))
+    return f"settings: {_key(location, values)}: {message}{_from(location, origins)}"
+
+
+def _key(location: tuple[int | str, ...], values: Mapping[str, Any]) -> str:
+    """The key as the file has it, with the name of the site if it is one of a site's."""
+    key = ".".join(str(part) for part in location)
+    if location[0] != "sites" or len(location) < 2:
+        return key
+    try:
+        name = values["sites"][int(location[1])]["name"]
+    except (LookupError, TypeError, ValueError):
+        return key
+    return f"{key} ({name})" if isinstance(name, str) and re.fullmatch(SITE_NAME, name) else key
 
 
 def _from(location: tuple[int | str, ...], origins: Origins, meant: str = "") -> str:

@@ -86,15 +86,21 @@ def refused(
         ("[default.pulsar]\nfile_roots = 5", ["pulsar.file_roots: must be a list"]),
         ('[default.pulsar]\nfile_roots = [{path = "/d", writable = true}]', ["file_roots.0.writable", "write"]),
         ('[[default.sites]]\ncarrier = "rest"', ["sites.0.name"]),
-        ('[[default.sites]]\nname = "a b"\ncarrier = "rest"', ["sites.0.name"]),
-        ('[[default.sites]]\nname = "a"\ncarrier = "pigeon"', ["sites.0.carrier"]),
-        ('[[default.sites]]\nname = "a"\ncarrier = "rest"\nrul = "x"', ["sites.0.rul", "url"]),
+        ('[[default.sites]]\nname = "a b"\ncarrier = "rest"', ["sites.0.name: must be 1 to 64 of A-Z a-z 0-9 _ . -"]),
+        ('[[default.sites]]\nname = "a"\ncarrier = "pigeon"', ["sites.0.carrier (a): "]),
+        ('[[default.sites]]\nname = "a"\ncarrier = "rest"\nrul = "x"', ["sites.0.rul (a) is not a known key", "url"]),
+        ('[[default.sites]]\nname = "a"\ncarrier = "rest"', ["sites.0.url (a): the carrier rest needs"]),
+        ('[[default.sites]]\nname = "a"\ncarrier = "rest"\nurl = "h"', ["sites.0.url (a): must be http://"]),
+        ('[[default.sites]]\nname = 1\ncarrier = "rest"\nurl = "h"', ["sites.0.url: must be"]),
         ("[default.basic_auth]\nenable = true", ["basic_auth.enable", "does not have that yet"]),
         ('[default.pulsar]\namqp_url = "http://h"', ["pulsar.amqp_url: must be amqp:// or amqps:// with a host"]),
         ('[default.pulsar]\namqp_url = "amqp://"', ["pulsar.amqp_url: must be"]),
         ('[default.pulsar]\namqp_url = "amqp://h:x"', ["pulsar.amqp_url: must be"]),
         ('[default.pulsar]\namqp_url = "amqp://h"\nurl = "http://h"', ["pulsar.amqp_url", "pulsar.url"]),
-        ('[default.pulsar]\namqp_url = "amqp://h"\namqp_key_prefix = "a b"', ["pulsar.amqp_key_prefix"]),
+        (
+            '[default.pulsar]\namqp_url = "amqp://h"\namqp_key_prefix = "a b"',
+            ["pulsar.amqp_key_prefix: must be at most"],
+        ),
         ('[default.pulsar]\namqp_url = "amqp://h"\n[default.dispatch]\nlease = 19', ["dispatch.lease", "20 seconds"]),
         ('[[default.sites]]\nname = "a"\ncarrier = "amqp"', ["sites.0.amqp_url"]),
         ('[[default.sites]]\nname = "a"\ncarrier = "relay"', ["sites.0.relay_password"]),
@@ -102,7 +108,7 @@ def refused(
             RELAY.replace("s3cret-s3cret-s3cret", "15-characters..") + '\nname = "a"',
             ["sites.0.relay_password", "at least 16"],
         ),
-        (f'{RELAY}\nname = "a"\nrelay_topic_prefix = "a b"', ["sites.0.relay_topic_prefix"]),
+        (f'{RELAY}\nname = "a"\nrelay_topic_prefix = "a b"', ["sites.0.relay_topic_prefix (a): must be at most 64"]),
         (f'{RELAY}\nname = "a"\n[default.dispatch]\nlease = 19', ["dispatch.lease", "20 seconds"]),
         (f'{RELAY}\nname = "a"\nrelay_user = "u"\n{RELAY}\nname = "u"', ["sites.1.manager", "same user"]),
         (
@@ -239,9 +245,18 @@ def test_a_variable_that_is_not_there_is_named_with_its_key(tmp_path: Path) -> N
         tmp_path, '[[default.sites]]\nname = "a"\ncarrier = "rest"\nurl = "http://h"\nprivate_token = "env:A"\n'
     )
     for environ in ({}, {"A": ""}):
-        assert refused(file, environ) == "settings: sites.0.private_token: the variable A is not set, or empty"
+        assert refused(file, environ) == "settings: sites.0.private_token (a): the variable A is not set, or empty"
     assert refused(None, {"TESP_PULSAR__PRIVATE_TOKEN": "env:A"}).endswith("(from TESP_PULSAR__PRIVATE_TOKEN)")
-    assert load(None, {"TESP_PULSAR__PRIVATE_TOKEN": "env:no name"}).pulsar.private_token == "env:no name"
+
+
+@pytest.mark.parametrize("text", ["env:", "env:N-S3CRET", "env: S3CRET", "env:S3CRET ", "env:1S3CRET", "env:S3CRET\\n"])
+def test_what_looks_like_a_variable_is_never_the_value_itself(tmp_path: Path, text: str) -> None:
+    message = refused(written(tmp_path, f'[default.pulsar]\nprivate_token = "{text}"\n'), {"S3CRET": "x"})
+    assert message.startswith("settings: pulsar.private_token: what follows env: must be the name of a variable")
+    assert "S3CRET" not in message
+    message = refused(None, {"TESP_PULSAR__PRIVATE_TOKEN": text})
+    assert message.endswith("(from TESP_PULSAR__PRIVATE_TOKEN)")
+    assert "S3CRET" not in message
 
 
 def test_what_a_variable_held_is_not_repeated(tmp_path: Path) -> None:
@@ -264,8 +279,10 @@ def test_what_a_site_is_like(tmp_path: Path) -> None:
     site = load(written(tmp_path, text), {}).sites[0]
     assert (site.zones, site.labels, site.preemptible) == (("eu-1",), {"gpu": "a100"}, True)
     assert (site.disk_gb, site.batch, site.queues) == (100.0, True, ("long", "short.2"))
-    assert refused(written(tmp_path, text.replace('"long"', '"-x"'))).startswith("settings: sites.0.queues.0: ")
-    assert refused(written(tmp_path, text.replace('"a100"', "1"))).startswith("settings: sites.0.labels.gpu: ")
+    assert refused(written(tmp_path, text.replace('"long"', '"-x"'))).startswith(
+        "settings: sites.0.queues.0 (a): must be"
+    )
+    assert refused(written(tmp_path, text.replace('"a100"', "1"))).startswith("settings: sites.0.labels.gpu (a): ")
 
 
 def test_the_container_type_of_the_upstream() -> None:
@@ -393,13 +410,36 @@ def test_an_address_that_is_wrong_is_not_repeated() -> None:
     assert "s3cret" not in refused(FILE, {"TESP_PULSAR__URL": "htp://u:s3cret@h"})
 
 
+@pytest.mark.parametrize("rest", ["?private_token=s3cret", "/?private_token=s3cret", "/x#s3cret", "?", "#"])
+def test_the_address_of_a_pulsar_has_no_query(tmp_path: Path, rest: str) -> None:
+    url = f"http://u:s3cret@h{rest}"
+    site = f'[[default.sites]]\nname = "a"\ncarrier = "rest"\nurl = "{url}"\n'
+    for message in (refused(FILE, {"TESP_PULSAR__URL": url}), refused(written(tmp_path, site))):
+        assert "url" in message
+        assert "must have neither a query nor a fragment" in message
+        assert "s3cret" not in message
+    assert load(FILE, {"TESP_SERVICE__DOCUMENTATION_URL": "http://h/?a=b#c"}).service.documentation_url
+
+
+@pytest.mark.parametrize(("key", "url"), [("url", "http://u:s3cret@h"), ("amqp_url", "amqp://u:s3cret@h")])
+def test_a_pulsar_beside_sites_is_not_passed_over(tmp_path: Path, key: str, url: str) -> None:
+    text = '[default.pulsar]\nurl = ""\namqp_url = ""\nmax_jobs = 1\n[[default.sites]]\nname = "a"\ncarrier = "local"\n'
+    assert load(written(tmp_path, text), {}).sites
+    message = refused(written(tmp_path, text.replace(f'\n{key} = ""', f'\n{key} = "{url}"')))
+    assert message.startswith(f"settings: pulsar.{key}: with [[default.sites]] that Pulsar is not used")
+    assert "s3cret" not in message
+    assert refused(written(tmp_path, text), {f"TESP_PULSAR__{key.upper()}": url}).endswith(
+        f"(from TESP_PULSAR__{key.upper()})"
+    )
+
+
 def test_a_rest_site_needs_its_address(tmp_path: Path) -> None:
     good = '[[default.sites]]\nname = "a"\ncarrier = "rest"\nurl = "http://h"\n'
     assert load(written(tmp_path, good), {}).sites[0].url == "http://h"
     file = written(tmp_path, good + '[[default.sites]]\nname = "b"\ncarrier = "rest"\n')
-    assert refused(file).startswith("settings: sites.1.url: ")
+    assert refused(file).startswith("settings: sites.1.url (b): ")
     file = written(tmp_path, good.replace("http://h", "h"))
-    assert refused(file).startswith("settings: sites.0.url: must be http://")
+    assert refused(file).startswith("settings: sites.0.url (a): must be http://")
 
 
 # Variables
