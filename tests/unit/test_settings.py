@@ -557,3 +557,17 @@ def test_the_variables_of_the_compose_file_are_not_taken_for_settings() -> None:
 def test_two_managers_of_one_pulsar_are_two_sites_of_one_account(tmp_path: Path) -> None:
     text = f'{RELAY}\nname = "u"\n{RELAY}\nname = "big"\nrelay_user = "u"\nmanager = "big"'
     assert [each.relay_account for each in load(written(tmp_path, text), {}).sites] == ["u", "u"]
+
+
+# docker/pulsar
+
+
+PULSARS = FILE.parent / "docker" / "pulsar"
+
+
+@pytest.mark.parametrize("name", ["server.ini", "amqp/app.yml", "relay/app.yml", "slurm/app.yml"])
+def test_secrets_put_into_a_file_for_pulsar_do_not_end_up_in_its_comments(name: str) -> None:
+    """Who replaces the placeholders does so everywhere in the file."""
+    lines = (PULSARS / name).read_text().splitlines()
+    assert re.search(r"@[A-Z_]+@", "\n".join(lines))
+    assert not [line for line in lines if line.startswith("#") and re.search(r"@[A-Z_]+@", line)]
