@@ -89,7 +89,7 @@ class EmbeddedPulsar:
         """The process id of the server if this process watches over it."""
         return self._server.pid if self._server is not None else None
 
-    async def ready(self, within: float = 5.0) -> None:
+    async def ready(self, within: float = 10.0) -> None:
         """Wait until it answers; SiteUnavailable if that takes longer."""
         if self._answers.is_set():
             return
