@@ -399,7 +399,7 @@ def test_the_reaper_ends_what_a_killed_runner_left(make: Make, canceled: bool) -
     result = made.result()
     assert (result.state, result.started) == ("CANCELED" if canceled else "SYSTEM_ERROR", True)
     ended = [one.stdout for one in result.executors]
-    assert ended == ["first\n"] or (canceled and ended == ["first\n", ""])  # the cancel may still end the second
+    assert ended in (["first\n"], ["first\n", ""])  # the runner may still hear of the second's end before its own
     assert canceled or "killed" in result.system_logs[0]
     assert result.infrastructure is not canceled, "another try may help"
     assert marked(made.id) == []
