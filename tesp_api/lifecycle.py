@@ -244,11 +244,11 @@ def wait(task: Task, now: float, reason: str, *, pause: float) -> Change:
     return _change(task, due_at=now + pause, attempt=attempt, system=() if noted or not reason else (reason,))
 
 
-def hold(task: Task, now: float, line: str = "") -> Change | None:
-    """Put a QUEUED task back at its place in the queue; `line` says why it waits."""
+def hold(task: Task, now: float, line: str = "", *, pause: float = 0.0) -> Change | None:
+    """Put a QUEUED task back at its place in the queue, or off for a pause; `line` says why it waits."""
     if task.state is not TesState.QUEUED:
         return None
-    return _change(task, due_at=min(task.created, now), system=(line,) if line else ())
+    return _change(task, due_at=now + pause if pause else min(task.created, now), system=(line,) if line else ())
 
 
 def refused(task: Task, number: int, now: float, reason: str) -> Change | None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from tesp_api import lifecycle
 from tesp_api.dispatch import loop, place
 from tesp_api.dispatch.health import Health
-from tesp_api.dispatch.lanes import BATCH, MOST, Lanes, Waits
+from tesp_api.dispatch.lanes import BATCH, MOST, OFF_FOR, Lanes, Waits
 from tesp_api.dispatch.place import Choice
 from tesp_api.dispatch.plan import plan
 from tesp_api.dispatch.right import Right
@@ -44,7 +44,8 @@ class Dispatcher:
     """Sends due QUEUED tasks to sites with room.
 
     A lane is what tasks with the same wishes share. Once a task has found no room, the lane is passed over until the
-    loads or the sites have changed, so that it holds up no other.
+    loads or the sites have changed, so that it holds up no other. Of more lanes than can be remembered, each task is
+    put off by itself.
     """
 
     name = "dispatcher"
@@ -98,7 +99,8 @@ class Dispatcher:
     async def _place(self) -> int:
         """Rounds, each without the lanes that found no room in those before."""
         loads, now = dict(await self._store.loads()), self._clock()
-        self._queue.look((loads, self._health.changes), now)
+        if not self._queue.look((loads, self._health.changes), now):
+            return 0
         looked_at = assigned = 0
         while looked_at < MOST and (limit := self._queue.limit(self._room(loads))):
             skip = self._queue.passed_over()
@@ -108,7 +110,7 @@ class Dispatcher:
             for task in tasks:
                 assigned += await self._assign_safely(task, loads)
             looked_at += len(tasks)
-            if len(tasks) < limit or (not self._queue.went(len(skip)) and looked_at >= BATCH):
+            if len(tasks) < limit or (not self._queue.went() and looked_at >= BATCH):
                 break
         self._queue.looked((loads, self._health.changes), self._room(loads))
         return assigned
@@ -131,7 +133,8 @@ class Dispatcher:
         """The oldest task that may find room, unless all sites are full: then the end of another rings the bell."""
         if self._queue.full or self._elsewhere:
             return None
-        return await self._store.next_due(queued=True, skip=self._queue.passed_over())
+        due_at = await self._store.next_due(queued=True, skip=self._queue.passed_over())
+        return None if due_at is None else max(due_at, self._queue.rests_until)
 
     async def drain(self) -> None:
         """Wait for the submits under way, and let others place. Cancelled, it ends them."""
@@ -163,9 +166,9 @@ class Dispatcher:
             await record(self._store, task, lambda task: _misfit(task, now, choice.reason))
             return False
         if choice.site is None:
-            self._queue.block(lane)
+            pause = 0.0 if self._queue.block(lane) else OFF_FOR
             line = await self._waits.line(task, choice, self._health.why, now)
-            await record(self._store, task, lambda task: _later(task, now, line))
+            await record(self._store, task, lambda task: lifecycle.hold(task, now, line, pause=pause))
             return False
         name, policy = choice.site.name, self._policies[choice.site.name]
         token = secrets.token_urlsafe(32) if choice.site.report_url else ""
@@ -348,11 +351,6 @@ def _planned(task: Task, facts: SiteFacts) -> Plan:
 
 def _misfit(task: Task, now: float, reason: str) -> lifecycle.Change | None:
     return lifecycle.give_up(task, now, reason) if task.state is TesState.QUEUED else None
-
-
-def _later(task: Task, now: float, line: str) -> lifecycle.Change | None:
-    """Put a task that found no room back at its place in the queue."""
-    return lifecycle.hold(task, now, line)
 
 
 def _unsure(task: Task, attempt: Attempt, now: float, reason: str, policy: Policy) -> lifecycle.Change | None:

@@ -26,8 +26,14 @@ SURVEY_EVERY = 5.0
 """Seconds after which waiting tasks are looked at though there is no room: some will never fit, and the others shall
 be told why they wait."""
 
-MOST_LANES = 500
-"""Lanes remembered; so many only if somebody wants to be a nuisance."""
+MOST_LANES = MOST // 2
+"""Lanes remembered; more only if somebody wants to be a nuisance. Each tick can look at others besides."""
+
+OFF_FOR = 5.0
+"""Seconds for which a task that found no room is put off if its lane is not remembered."""
+
+REST = 0.5
+"""Seconds without a look after a tick that has put tasks off, however many more there are."""
 
 TOLD = 10_000
 """Tasks of which it is remembered what they were told."""
@@ -36,7 +42,8 @@ WAITS = "The task waits: "
 
 
 class Lanes:
-    """Lanes that are passed over for now. `full`: no site had room for anything."""
+    """Lanes that are passed over for now. `full`: no site had room for anything. `rests_until`: when the next look is,
+    if it is not at once."""
 
     def __init__(self) -> None:
         self.full = False
@@ -46,18 +53,26 @@ class Lanes:
         self._at = 0.0
         self._survey = False
         self._surveyed: float | None = None
+        self._looked_at = 0.0
+        self._turned_away = False
+        self.rests_until = 0.0
 
     def clear(self) -> None:
         """Nothing waits."""
         self._blocked.clear()
         self.full = self._careful = self._survey = False
         self._seen = self._surveyed = None
+        self.rests_until = 0.0
 
-    def look(self, world: object, now: float) -> None:
-        """A tick begins. `world` is all that decides who finds room: as long as it is the same, nobody does.
+    def look(self, world: object, now: float) -> bool:
+        """A tick begins; False if it is too soon. `world` is all that decides who finds room: as long as it is the
+        same, nobody does.
 
         Putting tasks back rings the bell too, and must not start the next round.
         """
+        if now < self.rests_until <= now + REST:
+            return False
+        self._looked_at, self._turned_away = now, False
         self._careful = bool(self._blocked)
         waiting = self.full or self._careful
         self._survey = waiting and not (self._surveyed is not None and 0 <= now - self._surveyed < SURVEY_EVERY)
@@ -66,6 +81,7 @@ class Lanes:
         if self._survey or world != self._seen or not 0 <= now - self._at < FULL_FOR:
             self._blocked.clear()
             self._at = now
+        return True
 
     def looked(self, world: object, room: int) -> None:
         """The tick is over."""
@@ -77,15 +93,19 @@ class Lanes:
             return BATCH
         return min(room, FIRST if self._careful else BATCH)
 
-    def went(self, blocked: int) -> bool:
-        """After a round in which so many lanes were there before: whether it has blocked more."""
-        self._careful = len(self._blocked) > blocked
+    def went(self) -> bool:
+        """After a round: whether some in it found no room."""
+        self._careful, self._turned_away = self._turned_away, False
         return self._careful
 
-    def block(self, lane: str) -> None:
-        """One of this lane found no room."""
-        if len(self._blocked) < MOST_LANES:
+    def block(self, lane: str) -> bool:
+        """One of this lane found no room; False if the lane cannot be passed over, so that the task must be put off."""
+        self._turned_away = True
+        if lane in self._blocked or len(self._blocked) < MOST_LANES:
             self._blocked[lane] = None
+            return True
+        self.rests_until = self._looked_at + REST
+        return False
 
     def passed_over(self) -> Collection[str]:
         """What not to take now."""

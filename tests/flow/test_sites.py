@@ -306,11 +306,52 @@ async def test_small_tasks_get_past_large_ones_that_find_no_room(world: World) -
 @on(SiteFacts(name="a", max_jobs=1), SiteFacts(name="b", max_jobs=8))
 async def test_many_lanes_without_room(world: World) -> None:
     """Each task has a lane of its own: more than one tick looks at."""
-    for disk in range(1, 701):
-        await world.add(**at("a", disk_gb=disk))
+    for n in range(700):
+        await world.add(**at("a", zones=[f"z{n}"]))
     (task,) = await world.add(**at("b"))
     for _ in range(10):
         await world.step(0.3)
+    assert await world.state(task) is S.INITIALIZING
+
+
+@on(SiteFacts(name="a", ram_gb=8.0))
+async def test_more_lanes_than_are_remembered_neither_starve_others_nor_keep_us_busy(world: World) -> None:
+    """One user's tasks differ in what no site knows, and none of them has room."""
+    (large,) = await world.add(resources={"ram_gb": 7})
+    await world.step(1)
+    waiting = [(await world.add(resources={"ram_gb": 5, "zones": [f"z{n}"]}))[0] for n in range(620)]
+    (small,) = await world.add(resources={"ram_gb": 1})
+    for _ in range(20):
+        await world.dispatcher.tick()
+        due_at = await world.dispatcher.next_due()
+        assert due_at is None or due_at > world.now, "no look is repeated at once"
+        world.now = max(due_at or 0.0, world.now + 0.1)
+    assert await world.state(small) is S.INITIALIZING
+    assert {await world.state(task) for task in waiting} == {S.QUEUED}
+    await end(world, world.site)
+    await world.step(1)
+    assert await world.state(large) is S.COMPLETE
+    assert [await world.state(task) for task in waiting].count(S.INITIALIZING) == 1
+
+
+@on(SiteFacts(name="a", max_jobs=1), B)
+async def test_many_lanes_without_room_starve_nobody_while_others_come_and_go(world: World) -> None:
+    """What decides who finds room changes all the time, so that each look begins anew."""
+    for n in range(700):
+        await world.add(**at("a", zones=[f"z{n}"]))
+    (task,) = await world.add(**at("b"))
+    ended = 0
+    for _ in range(12):
+        await world.dispatcher.tick()
+        await world.dispatcher.drain()
+        for job in world.sites["a"].active:
+            job.run()
+            job.end()
+            ended += 1
+        world.now += 0.6
+        await world.poller.tick()
+        await world.poller.drain()
+    assert ended == 12
     assert await world.state(task) is S.INITIALIZING
 
 
