@@ -180,7 +180,8 @@ class TaskStore(Protocol):
     async def put_tail(self, task_id: str, tail: Tail) -> None:
         """Keep what an active task has said so far in place of what was kept before. It changes no version.
 
-        It need not survive a crash, and is gone when the task leaves the active states.
+        It need not survive a crash, and is gone when the task leaves the active states; of one that is not in them (any
+        more) nothing is kept.
         """
 
     async def take_due(

@@ -232,7 +232,12 @@ class MongoStore:
 
     async def put_tail(self, task_id: str, tail: Tail) -> None:
         async def put() -> None:
-            await self._tails.replace_one({"_id": task_id}, {"text": tail_to_json(tail)}, upsert=True)
+            done = await self._tails.replace_one({"_id": task_id}, {"text": tail_to_json(tail)}, upsert=True)
+            # One that was there is still to be deleted by whoever ends the task; a new one may have come after that.
+            if done.upserted_id is None:
+                return
+            if await self._local.find_one({"_id": task_id, "active": True}, {"_id": 1}) is None:
+                await self._tails.delete_one({"_id": task_id})
 
         await self.call(put)
 

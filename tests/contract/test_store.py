@@ -954,6 +954,7 @@ async def test_a_tail_is_shown_as_long_as_its_task_is_active(store: TaskStore) -
     await store.put_tail(task.id, one)
     assert await tail(task) is None, "a task that waits says nothing"
     await store.apply(task.id, change(task, state=TesState.INITIALIZING, attempt=make_attempt(task.id)))
+    assert await tail(task) is None, "nor is it kept for later"
     await store.put_tail(task.id, one)
     assert await tail(task) == one
     two = replace(one, executor=1, stderr="b", stderr_bytes=1)
@@ -970,6 +971,21 @@ async def test_a_tail_is_shown_as_long_as_its_task_is_active(store: TaskStore) -
     assert await store.purge(store.clock() + 60, 10) == 1
     await store.put_tail(task.id, one)
     assert await store.get(task.id, TesView.FULL) is None
+    await store.add(replace(task, state=TesState.RUNNING))
+    assert await tail(task) is None, "what came after the end was not kept"
+
+
+@on
+async def test_a_tail_that_races_with_the_end_of_its_attempt_is_gone(store: TaskStore) -> None:
+    for _ in range(20):
+        (task,) = await added(store, make_task(record={"state": TesState.RUNNING}))
+        puts = [store.put_tail(task.id, Tail(attempt=1, executor=n)) for n in range(5)]
+        await asyncio.gather(*puts[:2], store.apply(task.id, change(task, state=TesState.QUEUED)), *puts[2:])
+        assert await store.apply(task.id, Change(version=2, state=TesState.INITIALIZING)) is not None
+        found = await store.get(task.id, TesView.FULL)
+        assert found is not None
+        assert found.bodies is not None
+        assert found.bodies.tail is None
 
 
 @on

@@ -100,7 +100,8 @@ async def use_all(store: TaskStore, known: str) -> set[str]:
     await store.add(make_task(), with_key)
     assert await store.add(make_task(), with_key) is not None
     await store.answered("me", {task.id: "b"})
-    await store.put_tail(known, Tail(attempt=1, executor=0))
+    for each in (known, "gone"):
+        await store.put_tail(each, Tail(attempt=1, executor=0))
     for view in TesView:
         await store.get(known, view, owner="o")
         for query in [*QUERIES.values(), *MORE_QUERIES.values()]:
