@@ -271,7 +271,7 @@ class Dispatch(Section):
     """The loops that move tasks."""
 
     lease: float = Field(default=30.0, ge=1)
-    take_over: float = Field(default=5.0, ge=1)
+    take_over: float = Field(default=5.0, ge=1, le=300)
 
 
 class Retry(Section):

@@ -26,7 +26,9 @@ class Right:
 
     async def until(self) -> float | None:
         """When it runs out, by the store's time, prolonged in good time; None while another process has it."""
-        if self._until is None or self._until - self._store.clock() < 0.5 * self._seconds:
+        # More than was given is left if the clock was set back.
+        left = 0.0 if self._until is None else self._until - self._store.clock()
+        if not 0.5 * self._seconds <= left <= 2 * self._seconds:
             self._until = None  # if this call fails we know nothing
             self._until = await self._store.hold(self._name, self._holder, self._seconds)
         return self._until

@@ -174,7 +174,8 @@ class TaskStore(Protocol):
     async def apply(self, task_id: str, change: Change, *, before: float | None = None) -> Task | None:
         """Write the change and return the new task without bodies; None if the task is at another version.
 
-        With `before` only while the store's time is before it, else RightLost: what `hold` gave is over.
+        With `before` only while the store's time is before it, but by no more than LONGEST_RIGHT; else RightLost: what
+        `hold` gave is over.
         """
 
     async def put_tail(self, task_id: str, tail: Tail) -> None:
@@ -208,7 +209,8 @@ class TaskStore(Protocol):
     async def hold(self, right: str, holder: str, seconds: float) -> float | None:
         """Take a right, or keep it, for `seconds` from now: until when, by the store's time. None: another has it.
 
-        With no seconds it is given back.
+        With no seconds it is given back. One that would last longer than LONGEST_RIGHT was given before the store's
+        time was set back; it is worth nothing any more, here and in `apply`.
         """
 
     async def purge(self, ended_before: float, limit: int) -> int:
@@ -239,6 +241,9 @@ HEADS = (1, 6, 12, 24)
 
 Of a name prefix with many matches the newest are found there: the head that is nearest to it has few others.
 """
+
+LONGEST_RIGHT = 600.0
+"""Most seconds for which a right is given."""
 
 STALE = 3600.0
 """Seconds after which nobody repeats a create any more; its mark may go."""

@@ -44,7 +44,22 @@ from pymongo.uri_parser import parse_uri
 from tesp_api.errors import MailboxFull, RightLost, SettingsError, StoreUnavailable, StoreUnusable
 from tesp_api.lifecycle import KEEP, Change
 from tesp_api.parameters import lane
-from tesp_api.store import FEW, HEADS, SAMPLE, STALE, Bell, Load, Once, Page, Query, Repeat, Ring, beyond, ring_for
+from tesp_api.store import (
+    FEW,
+    HEADS,
+    LONGEST_RIGHT,
+    SAMPLE,
+    STALE,
+    Bell,
+    Load,
+    Once,
+    Page,
+    Query,
+    Repeat,
+    Ring,
+    beyond,
+    ring_for,
+)
 from tesp_api.store.codec import (
     SYSTEM,
     asked,
@@ -568,7 +583,8 @@ class MongoStore:
             if at > 0:
                 condition[f"attempts.{at - 1}"] = {"$exists": True}
         if before is not None:
-            condition["$expr"] = {"$lt": ["$$NOW", {"$literal": datetime.fromtimestamp(before, UTC)}]}
+            until = {"$literal": datetime.fromtimestamp(before, UTC)}
+            condition["$expr"] = {"$and": [{"$lt": ["$$NOW", until]}, {"$not": _outlasts(until)}]}
         part.put(stream_rows(change.streams))
         part.put(_line_rows(change.system_of, change.system))
         update = {
@@ -655,7 +671,8 @@ class MongoStore:
         """By the server's clock, so that no other counts. Its expiry is what `before` is compared with."""
         until = {"$add": ["$$NOW", math.floor(seconds * 1000)]}
         update = [{"$set": {"holder": {"$literal": holder}, "until": until}}]
-        free = {"$or": [{"holder": holder}, {"$expr": {"$lte": ["$until", "$$NOW"]}}]}
+        over = {"$or": [{"$lte": ["$until", "$$NOW"]}, _outlasts("$until")]}
+        free = {"$or": [{"holder": holder}, {"$expr": over}]}
         after = ReturnDocument.AFTER
         found = await self._rights.find_one_and_update({"_id": right, **free}, update, return_document=after)
         if found is None:  # another has it, or nobody ever had
@@ -921,6 +938,11 @@ def _in_order(condition: Record, hint: str) -> tuple[Record, str]:
 
 def _outside(lanes: Collection[str]) -> Record:
     return {"lane": {"$nin": list(lanes)}} if lanes else {}
+
+
+def _outlasts(until: Any) -> Record:
+    """Whether a right is of a time before the server's clock was set back."""
+    return {"$gt": [until, {"$add": ["$$NOW", math.floor(LONGEST_RIGHT * 1000)]}]}
 
 
 def _attempt(attempt: Attempt, part: _Part) -> str | Record:

@@ -26,7 +26,22 @@ from typing import Any, Self, TypeVar
 from tesp_api.errors import MailboxFull, RightLost, StoreUnavailable, StoreUnusable
 from tesp_api.lifecycle import KEEP, Change
 from tesp_api.parameters import lane
-from tesp_api.store import FEW, HEADS, SAMPLE, STALE, Bell, Load, Once, Page, Query, Repeat, Ring, beyond, ring_for
+from tesp_api.store import (
+    FEW,
+    HEADS,
+    LONGEST_RIGHT,
+    SAMPLE,
+    STALE,
+    Bell,
+    Load,
+    Once,
+    Page,
+    Query,
+    Repeat,
+    Ring,
+    beyond,
+    ring_for,
+)
 from tesp_api.store.codec import (
     SYSTEM,
     asked,
@@ -815,7 +830,7 @@ def _apply(db: sqlite3.Connection, task_id: str, change: Change, before: float |
     if task is None or task.version != change.version:
         return None
     now = time.time()
-    if before is not None and now >= before:
+    if before is not None and not before - LONGEST_RIGHT <= now < before:
         raise RightLost("The right ran out before the change was written.")
     attempts = put_attempt(task.attempts, change.attempt) if change.attempt else task.attempts
     task = replace(
@@ -895,8 +910,8 @@ def _hold(db: sqlite3.Connection, right: str, holder: str, seconds: float) -> fl
     now = time.time()
     done = db.execute(
         "INSERT INTO holding VALUES (?1, ?2, ?3) ON CONFLICT (name) DO UPDATE SET holder = ?2, until = ?3"
-        " WHERE holder = ?2 OR until <= ?4",
-        (right, holder, now + seconds, now),
+        " WHERE holder = ?2 OR until <= ?4 OR until > ?5",
+        (right, holder, now + seconds, now, now + LONGEST_RIGHT),
     )
     return now + seconds if done.rowcount else None
 

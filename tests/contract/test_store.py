@@ -23,7 +23,7 @@ from tesp_api.errors import RightLost, StoreUnavailable
 from tesp_api.lifecycle import KEEP, Change, assign
 from tesp_api.lifecycle import Policy as Rules
 from tesp_api.parameters import lane
-from tesp_api.store import FEW, Load, Once, Query, Repeat, Ring, TaskStore
+from tesp_api.store import FEW, LONGEST_RIGHT, Load, Once, Query, Repeat, Ring, TaskStore
 from tesp_api.store import sqlite as sqlite_store
 from tesp_api.store.mongo import MongoStore
 from tesp_api.store.sqlite import SqliteStore
@@ -878,7 +878,7 @@ async def test_a_right_runs_out(store: TaskStore) -> None:
 
 @on
 async def test_a_right_is_given_back(store: TaskStore) -> None:
-    await store.hold("r", "a", 3600)
+    await store.hold("r", "a", 300)
     await store.hold("r", "a", 0)
     await granted(store, "r", "b")
     assert await store.hold("r", "a", 0) is None
@@ -889,6 +889,18 @@ async def test_a_right_is_given_back(store: TaskStore) -> None:
 async def test_a_right_can_be_given_back_by_who_never_had_it(store: TaskStore) -> None:
     await store.hold("r", "a", 0)
     await granted(store, "r", "b")
+
+
+@on
+async def test_a_right_from_before_the_clock_was_set_back_is_none(store: TaskStore) -> None:
+    (task,) = await added(store, make_task())
+    until = await store.hold("r", "dead", LONGEST_RIGHT + 60)
+    with pytest.raises(RightLost):
+        await store.apply(task.id, change(task, system=("by its word",)), before=until)
+    mine = await store.hold("r", "a", 60)
+    assert mine is not None
+    assert await store.hold("r", "dead", 60) is None
+    assert await store.apply(task.id, change(task, system=("in time",)), before=mine) is not None
 
 
 @on
@@ -906,7 +918,7 @@ async def test_of_many_takers_one_gets_the_right(store: TaskStore) -> None:
 async def test_a_change_is_written_while_the_right_lasts(store: TaskStore) -> None:
     task = make_task()
     await store.add(task)
-    until = await store.hold("r", "a", 3600)
+    until = await store.hold("r", "a", 300)
     assert until is not None
     written = await store.apply(task.id, change(task, system=("in time",)), before=until)
     assert written is not None
