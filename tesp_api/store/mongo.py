@@ -117,6 +117,9 @@ SPREAD: Final = 16
 CROWD: Final = 64
 """How often it does so before it begins at the front again."""
 
+CLOCK_EVERY: Final = 60.0
+"""Seconds after which the server's clock is read anew: neither it nor our counting is perfect."""
+
 SCHEMA: Final = 1
 """Version of the records, kept in `right`; a store of a newer release is refused."""
 
@@ -162,6 +165,11 @@ _OTHERWISE = frozenset({85, 86})
 """Codes for an index that is there with other keys or options."""
 
 
+def uptime() -> float:
+    """Seconds that nobody sets. They go on while the machine sleeps, where it can tell."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
 def check_uri(uri: str) -> None:
     """Raises SettingsError, without a word of the URI, which may hold a password, unless it can be used."""
     try:
@@ -176,16 +184,21 @@ def check_uri(uri: str) -> None:
 class MongoStore:
     """The TaskStore on MongoDB. `uri` as in the MongoDB manual: users, TLS and replica sets are named there.
 
-    `mail` keeps letters in the same database.
+    `mail` keeps letters in the same database. `uptime`: what the time is counted by from one look at the server's clock
+    to the next, so that it matters to nobody when the clock of this machine is set.
     """
 
-    def __init__(self, uri: str, *, client: Callable[..., Any] = AsyncIOMotorClient) -> None:
+    def __init__(
+        self, uri: str, *, client: Callable[..., Any] = AsyncIOMotorClient, uptime: Callable[[], float] = uptime
+    ) -> None:
         check_uri(uri)
         self.bell = Bell()
         self._uri = uri
         self._make_client = client
         self._client: Any = None
-        self._ahead = 0.0
+        self._uptime = uptime
+        self._began = time.time() - uptime()  # when that was 0, by the server's clock as soon as that is known
+        self._read_clock_at = 0.0
         self._replicated = False
         self._crowd = 0
         self._prepared = False
@@ -219,7 +232,7 @@ class MongoStore:
     # The operations
 
     def clock(self) -> float:
-        return time.time() + self._ahead
+        return self._began + self._uptime()
 
     async def add(self, task: Task, once: Once | None = None) -> Repeat | None:
         repeat = await self.call(lambda: self._add(task, once))
@@ -319,6 +332,8 @@ class MongoStore:
         try:
             if not self._prepared:
                 await self._prepare()
+            if self._uptime() - self._read_clock_at > CLOCK_EVERY:
+                await self._read_clock()
             return await function()
         except PyMongoError as error:
             raise _unavailable(error) from error
@@ -362,12 +377,12 @@ class MongoStore:
                 await closing
 
     async def _read_clock(self) -> None:
-        """How far the server's clock is ahead of ours. All processes must agree on what is due."""
-        asked_at = time.time()
+        """Set our time by the server's. All processes must agree on what is due."""
+        asked_at = self._read_clock_at = self._uptime()  # at once: all other calls need not wait for this one
         answer = await self._client.admin.command("hello")
-        answered_at = time.time()
+        answered_at = self._uptime()
         self._replicated = "setName" in answer
-        self._ahead = answer["localTime"].replace(tzinfo=UTC).timestamp() - (asked_at + answered_at) / 2
+        self._began = answer["localTime"].replace(tzinfo=UTC).timestamp() - (asked_at + answered_at) / 2
 
     def _database_of(self, client: Any) -> Any:
         # Journaled by most of the nodes before it counts; and nothing is read that a failover could take back.

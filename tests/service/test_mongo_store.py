@@ -16,7 +16,7 @@ from pymongo import MongoClient, WriteConcern
 from tesp_api.errors import StoreUnavailable, StoreUnusable
 from tesp_api.lifecycle import Change
 from tesp_api.store import Once
-from tesp_api.store.mongo import INDEXES, MongoStore, record_of
+from tesp_api.store.mongo import CLOCK_EVERY, INDEXES, MongoStore, record_of
 from tesp_api.task import Task
 from tesp_api.tes import TesState, TesView
 from tests import mongod
@@ -41,13 +41,15 @@ def database(uri: str) -> Iterator[Any]:
 class Ahead:
     """A client of a server whose clock is an hour ahead of ours, by its own word."""
 
+    hours = 1
+
     def __init__(self, uri: str, **options: Any) -> None:
         self._client: Any = AsyncIOMotorClient(uri, **options)
         self.admin = self
 
     async def command(self, name: str) -> dict[str, Any]:
         answer: dict[str, Any] = await self._client.admin.command(name)
-        return {**answer, "localTime": answer["localTime"] + timedelta(hours=1)}
+        return {**answer, "localTime": answer["localTime"] + timedelta(hours=self.hours)}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
@@ -63,6 +65,32 @@ def test_the_time_is_the_servers(uri: str) -> None:
             assert until is not None
             assert abs(until - 60 - ours.clock()) < 5
             assert await ahead.hold("place", "you", 60) is None, "the server's clock counts, not that of the caller"
+
+    run(go())
+
+
+def test_the_time_goes_on_by_what_nobody_sets(uri: str) -> None:
+    """The clock of our machine does not matter, and that of the server is read anew now and then."""
+    uptime, servers = 100.0, []
+
+    def server(uri: str, **options: Any) -> Ahead:
+        servers.append(Ahead(uri, **options))
+        return servers[-1]
+
+    async def go() -> None:
+        nonlocal uptime
+        async with MongoStore(uri, client=server, uptime=lambda: uptime) as store:
+            await store.get("nothing")
+            start = store.clock()
+            assert store.clock() == start, "however long it took"
+            uptime += CLOCK_EVERY / 2
+            for each in servers:
+                each.hours = 0
+            await store.get("nothing")
+            assert store.clock() == start + CLOCK_EVERY / 2
+            uptime += CLOCK_EVERY
+            await store.get("nothing")
+            assert store.clock() < start - 3000
 
     run(go())
 
