@@ -258,7 +258,7 @@ def build_service(settings: Settings) -> Service:
     dispatcher = Dispatcher(store, sites, policies, store.clock, health, settings.dispatch.take_over)
     poller = Poller(store, sites, policies, dispatcher.submit, store.clock, health)
     inspector = Inspector(store, sites, health, store.clock)
-    keeper = Keeper(store, settings.retention.days, _owned(settings) if dispatches else {})
+    keeper = Keeper(store, settings.retention.days, _owned(settings) if dispatches else {}, policies.values())
     return Service(store, store.mail, sites, dispatcher, poller, keeper, policies, inspector, dispatches)
 
 

@@ -55,6 +55,9 @@ NO_PYTHON = {
 LONGEST_BACKOFF: Final = 300.0
 """Most seconds between a failed attempt and the next one."""
 
+LONGEST_CLEAN_UP_PAUSE: Final = 600.0
+"""Most seconds from one try to remove a finished job to the next."""
+
 CLEAN_UP_FOR: Final = 7 * 86400.0
 """Seconds for which we try to remove a finished job from a site that does not answer."""
 
@@ -120,6 +123,12 @@ class Policy:
     cancel_grace: float = 10.0
     max_attempts: int = 3
     backoff: float = 5.0
+
+
+def longest_pause(policy: Policy) -> float:
+    """Most seconds by which `due_at` is ahead of now, whatever is decided; more is left if the clock was set back."""
+    looks = max(policy.first_look, policy.poll_interval, policy.patience / 3)
+    return max(policy.lease, looks, LONGEST_BACKOFF, LONGEST_CLEAN_UP_PAUSE)
 
 
 def _change(
@@ -599,6 +608,6 @@ def forgotten(task: Task, numbers: frozenset[int], now: float, policy: Policy) -
         ended = max(each.ended or now for each in left)
         if now - ended > CLEAN_UP_FOR:
             return _change(task, due_at=None, attempt=attempt)
-        pause = min(0.1 * 2 ** min(left[0].looks, 13), 600.0)
+        pause = min(0.1 * 2 ** min(left[0].looks, 13), LONGEST_CLEAN_UP_PAUSE)
         return _change(task, due_at=now + pause, attempt=attempt)
     return _change(task, due_at=KEEP if len(done) > 1 else now if left else None, attempt=attempt)

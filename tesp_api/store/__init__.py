@@ -197,6 +197,10 @@ class TaskStore(Protocol):
     async def next_due(self, *, queued: bool, skip: Collection[str] = ()) -> float | None:
         """The earliest `due_at` of those that `take_due` would look at, or None."""
 
+    async def bring_forward(self, later_than: float, now: float, limit: int) -> int:
+        """Make tasks due `now` whose `due_at` is after `later_than`, the earliest first; how many there were. At most
+        `limit` of those QUEUED, and of the others."""
+
     async def loads(self) -> Mapping[str, Load]:
         """What the active tasks ask for, by site; sites without any are left out."""
 

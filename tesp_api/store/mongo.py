@@ -284,6 +284,9 @@ class MongoStore:
 
         return await self.call(find)
 
+    async def bring_forward(self, later_than: float, now: float, limit: int) -> int:
+        return await self.call(lambda: self._bring_forward(later_than, now, limit)) if limit else 0
+
     async def loads(self) -> Mapping[str, Load]:
         return await self.call(self._loads)
 
@@ -668,6 +671,17 @@ class MongoStore:
         )
         records: list[Record] = await self._local.find({**mine, "taker": mark}, _BASIC).hint("_id_").to_list(len(ids))
         return records
+
+    async def _bring_forward(self, later_than: float, now: float, limit: int) -> int:
+        late: list[str] = []
+        for queued in (True, False):
+            condition = {"queued": queued, "due_at": {"$gt": later_than}}
+            cursor = self._local.find(condition, {"_id": 1}).sort("due_at", ASCENDING).limit(limit).hint("due")
+            late += [record["_id"] for record in await cursor.to_list(limit)]
+        if late:
+            still = {"_id": {"$in": late}, "due_at": {"$gt": later_than}}
+            await self._tasks.update_many(still, {"$set": {"due_at": now}}, hint="_id_")
+        return len(late)
 
     async def _loads(self) -> dict[str, Load]:
         total = {"jobs": {"$sum": 1}, "cpus": {"$sum": "$cpus"}, "ram_gb": {"$sum": "$ram_gb"}}

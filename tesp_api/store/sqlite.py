@@ -271,6 +271,11 @@ class SqliteStore:
     async def next_due(self, *, queued: bool, skip: Collection[str] = ()) -> float | None:
         return await self._reader.call(lambda db: _next_due(db, queued, skip))
 
+    async def bring_forward(self, later_than: float, now: float, limit: int) -> int:
+        return await self._writer.call(
+            lambda db: sum(_bring_forward(db, queued, later_than, now, limit) for queued in (True, False))
+        )
+
     async def loads(self) -> Mapping[str, Load]:
         return await self._reader.call(_loads)
 
@@ -888,6 +893,12 @@ def _next_due(db: sqlite3.Connection, queued: bool, skip: Collection[str] = ()) 
     row = db.execute(f"SELECT min(due_at) FROM {due}", lanes).fetchone()
     due_at: float | None = row[0]
     return due_at
+
+
+def _bring_forward(db: sqlite3.Connection, queued: bool, later_than: float, now: float, limit: int) -> int:
+    due, _ = _due(queued, ())
+    found = f"SELECT id FROM {due} AND due_at > ? ORDER BY due_at LIMIT ?"
+    return db.execute(f"UPDATE task SET due_at = ? WHERE id IN ({found})", (now, later_than, limit)).rowcount
 
 
 def _loads(db: sqlite3.Connection) -> dict[str, Load]:

@@ -564,6 +564,23 @@ async def test_the_last_report_of_a_site_counts(store: TaskStore) -> None:
 
 
 @on
+async def test_what_is_due_too_late_is_brought_forward(store: TaskStore) -> None:
+    late = [make_task(record={"due_at": NOW + due, "state": TesState.QUEUED}) for due in (900, 800, 700)]
+    later = [make_task(record={"due_at": NOW + due, "state": TesState.RUNNING}) for due in (900, 800)]
+    others = [make_task(record={"due_at": due}) for due in (None, NOW + 600)]
+    await added(store, *late, *later, *others)
+    assert await store.bring_forward(NOW + 600, NOW, 2) == 4
+    assert await store.next_due(queued=False) == NOW
+    queued = await store.take_due(queued=True, now=NOW, lease=30, limit=9)
+    assert {task.id for task in queued} == {late[1].id, late[2].id}
+    assert len(await store.take_due(queued=False, now=NOW, lease=30, limit=9)) == 2
+    assert await store.bring_forward(NOW + 600, NOW + 1, 2) == 1
+    assert await store.bring_forward(NOW + 600, NOW + 1, 2) == 0
+    assert await store.get(others[0].id, TesView.FULL) == others[0]
+    assert await store.apply(late[0].id, change(late[0], system=("nobody else has it",))) is not None
+
+
+@on
 async def test_queued_and_open_tasks_are_apart(store: TaskStore) -> None:
     tasks = {state: make_task(record={"state": state, "due_at": NOW}) for state in TesState}
     await added(store, *tasks.values())
@@ -1333,6 +1350,8 @@ def test_every_query_uses_an_index() -> None:
     sqlite_store._take_due(spy, True, NOW, 1, 5, ["1 1"])
     sqlite_store._next_due(spy, True)
     sqlite_store._next_due(spy, True, ["1 1"])
+    sqlite_store._bring_forward(spy, True, NOW, NOW, 5)
+    sqlite_store._bring_forward(spy, False, NOW, NOW, 5)
     sqlite_store._report(spy, "a", NOW, "text")
     sqlite_store._next_due(spy, False)
     sqlite_store._loads(spy)

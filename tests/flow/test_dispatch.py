@@ -14,6 +14,7 @@ from tesp_api.dispatch import loop
 from tesp_api.dispatch.dispatcher import Dispatcher
 from tesp_api.dispatch.health import Health
 from tesp_api.dispatch.inspector import Inspector
+from tesp_api.dispatch.keeper import Keeper
 from tesp_api.dispatch.poller import Poller
 from tesp_api.errors import SiteRefused, SiteUnavailable, StoreUnavailable
 from tesp_api.lifecycle import Change, Policy
@@ -31,7 +32,7 @@ POLICY = Policy(lease=30, patience=300, poll_interval=5, cancel_grace=10, max_at
 
 
 class World:
-    """One store, some sites, a clock that only the test moves, and pairs of dispatcher and poller."""
+    """One store, some sites, a clock that only the test moves, and what moves tasks."""
 
     def __init__(self, store: SqliteStore, *facts: SiteFacts) -> None:
         self.store, self.now = store, NOW
@@ -40,12 +41,13 @@ class World:
         self.restart()
 
     def restart(self, **policy: Any) -> None:
-        """A new pair takes over, with `policy` changed; what the old one had in memory is gone."""
+        """A new service takes over, with `policy` changed; what the old one had in memory is gone."""
         policies = dict.fromkeys(self.sites, replace(POLICY, **policy))
         self.health = Health(self.sites, self.clock)
         self.dispatcher = Dispatcher(self.store, self.sites, policies, self.clock, self.health)
         self.poller = Poller(self.store, self.sites, policies, self.dispatcher.submit, self.clock, self.health)
         self.inspector = Inspector(self.store, self.sites, self.health, self.clock)
+        self.keeper = Keeper(self.store, policies=policies.values(), clock=self.clock)
 
     def clock(self) -> float:
         return self.now
@@ -56,11 +58,12 @@ class World:
         return tasks
 
     async def step(self, seconds: float = 0.2) -> None:
-        """Both tick until nothing is due, then time passes."""
+        """All tick until nothing is due, then time passes."""
         await self.inspector.tick()
         await self.inspector.wait()
         for _ in range(20):
-            moved = await self.dispatcher.tick()
+            moved = await self.keeper.tick()
+            moved += await self.dispatcher.tick()
             await self.dispatcher.drain()
             moved += await self.poller.tick()
             await self.poller.drain()
@@ -337,6 +340,21 @@ async def test_a_process_that_slept_through_its_lease_does_not_submit(world: Wor
     world.now += 29
     await world.dispatcher.submit(assigned)
     assert world.site.submits == {}
+
+
+@on(SiteFacts(name="a", max_jobs=1))
+async def test_the_clock_is_set_back(world: World) -> None:
+    """What runs is looked at, and what waits is sent, though they are due only an hour later by the new time."""
+    first, second, third = await world.add(3)
+    await world.step(1)
+    world.site.job().run()
+    await world.step(6)
+    world.now -= 3600
+    world.site.job().end()
+    await world.step(1)
+    await world.step(1)
+    assert await world.state(first) is S.COMPLETE
+    assert [await world.state(each) for each in (second, third)].count(S.QUEUED) == 1
 
 
 @on(SiteFacts(name="a", max_jobs=5))

@@ -11,11 +11,12 @@ import pytest
 from tesp_api.dispatch.keeper import BATCH, DAY, Keeper
 from tesp_api.dispatch.right import Right
 from tesp_api.errors import StoreUnavailable
+from tesp_api.lifecycle import Policy, longest_pause
 from tesp_api.store import Query
 from tesp_api.store.sqlite import SqliteStore
 from tesp_api.task import Task
 from tesp_api.tes import TesState, TesView
-from tests.builders import make_attempt, make_task, run
+from tests.builders import NOW, make_attempt, make_task, run
 
 
 def ended(store: SqliteStore, days_ago: float, **record: object) -> Task:
@@ -124,5 +125,26 @@ def test_a_right_is_not_believed_after_a_store_that_failed() -> None:
         with pytest.raises(StoreUnavailable):
             await right.until()
         assert right._until is None
+
+    run(go())
+
+
+def test_what_was_put_off_before_the_clock_was_set_back_is_due_in_batches() -> None:
+    async def go() -> None:
+        async with SqliteStore(":memory:") as store:
+            policy = Policy(lease=2000)
+            now = NOW
+            keeper = Keeper(store, policies=[policy], clock=lambda: now)
+            by_us = [make_task(record={"due_at": NOW + longest_pause(policy)})]
+            early = [make_task(record={"due_at": NOW + DAY}) for _ in range(BATCH + 5)]
+            await asyncio.gather(*(store.add(task) for task in [*by_us, *early]))
+            assert await keeper.tick() == BATCH
+            assert await keeper.tick() == 5, "more is done at once"
+            assert await keeper.tick() == 0
+            assert len(await store.take_due(queued=True, now=NOW, lease=DAY, limit=BATCH * 2)) == BATCH + 5
+            now += 5
+            assert await keeper.tick() == 0, "not at each tick"
+            now -= 600
+            assert await keeper.tick() == BATCH, "but at once when the clock has been set back"
 
     run(go())

@@ -111,6 +111,7 @@ async def use_all(store: TaskStore, known: str) -> set[str]:
         assert await store.take_due(queued=queued, now=NOW + 2000, lease=30, limit=5)
     await store.next_due(queued=True, skip=["1 1", "2 2"])
     assert await store.take_due(queued=True, now=NOW + 2000, lease=30, limit=5, skip=["1 1", "2 2"])
+    assert await store.bring_forward(NOW + 2000, NOW, 3) == 6
     await store.report("a", NOW, "text")
     assert await store.reports() == {"a": (NOW, "text")}
     assert await store.loads()
@@ -132,6 +133,7 @@ async def use_all(store: TaskStore, known: str) -> set[str]:
         "page",
         "next_due",
         "take_due",
+        "bring_forward",
         "loads",
         "report",
         "reports",
