@@ -118,11 +118,16 @@ class ReportTo(NamedTuple):
     token: str
 
 
+RESULT_BYTES = 32 * 1024 * 1024
+"""Longest result that the service reads."""
+
+
 class Plan(NamedTuple):
     """All that the runner needs to know of one attempt of a task.
 
     `directories`: container paths below mounts that must be directories before the first executor starts.
     `report`: None where nobody is to be told over HTTP; the files in the job's directory are written in any case.
+    `result_bytes`: the runner shortens a longer result, so that it is read.
     `time_limit`: seconds, and `queue`: a name, for a batch system in front of the runner, which enforces them.
     """
 
@@ -141,6 +146,7 @@ class Plan(NamedTuple):
     report: Optional[ReportTo] = None
     time_limit: Optional[int] = None
     queue: Optional[str] = None
+    result_bytes: int = RESULT_BYTES
     version: int = VERSION
 
 

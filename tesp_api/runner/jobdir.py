@@ -128,9 +128,18 @@ class JobDirectory:
         """Whether the job's result is written."""
         return os.path.exists(os.path.join(self._metadata, "result.json"))
 
-    def write_result(self, result: job.Result) -> None:
-        """Write the truth about the job: on the disk before its name appears, first in metadata, then in working."""
-        self._replace(self._metadata, "result.json", _dump(result), sync=True)
+    def write_result(self, result: job.Result, limit: int) -> job.Result:
+        """Write the truth about the job: on the disk before its name appears, first in metadata, then in working.
+
+        What is longer than `limit` bytes would not be read, and is shortened; returns what was written.
+        """
+        data = _dump(result)
+        if len(data) > limit:
+            from .fit import fitted
+
+            result = fitted(result, limit)
+            data = _dump(result)
+        self._replace(self._metadata, "result.json", data, sync=True)
         target = os.path.join(self._working, "result.json")
         temporary = "%s.%d" % (target, os.getpid())
         try:
@@ -138,9 +147,10 @@ class JobDirectory:
             os.rename(temporary, target)
         except OSError:
             try:
-                self._replace(self._working, "result.json", _dump(result), sync=True)
+                self._replace(self._working, "result.json", data, sync=True)
             except OSError:
                 pass  # the truth is in metadata; this copy only saves the service a question
+        return result
 
     def _replace(self, folder: str, name: str, data: bytes, sync: bool) -> None:
         temporary = os.path.join(folder, ".%s.%d" % (name, os.getpid()))

@@ -179,11 +179,11 @@ class Attempt:
             )
             self._directory.release_reserve()
             try:
-                self._directory.write_result(result)
+                result = self._directory.write_result(result, self._plan.result_bytes)
             except OSError as error:  # a full disk, most likely; the short form may still fit
                 self.note("The result could not be stored whole: %s" % error)
                 result = result._replace(state="SYSTEM_ERROR", executors=[], outputs=[], system_logs=self._logs[-5:])
-                self._directory.write_result(result)
+                result = self._directory.write_result(result, self._plan.result_bytes)
             self._watch.close(result)
 
 

@@ -153,6 +153,7 @@ def _write(
             executors=executors,
             system_logs=lines,
             infrastructure=not wished and not job.has_failed(plan, executors),
-        )
+        ),
+        plan.result_bytes,
     )
     directory.write_progress(progress._replace(phase="done", beat=progress.beat + 1))

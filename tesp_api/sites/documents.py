@@ -12,9 +12,6 @@ from tesp_api.runner import job
 PROGRESS_BYTES: Final = 64 * 1024
 """Longest progress.json that is read."""
 
-RESULT_BYTES: Final = 32 * 1024 * 1024
-"""Longest result.json that is read."""
-
 PHASES: Final = frozenset({"waiting", "staging", "running", "uploading", "done"})
 STATES: Final = frozenset({"COMPLETE", "EXECUTOR_ERROR", "SYSTEM_ERROR", "CANCELED"})
 
@@ -46,7 +43,7 @@ def progress(data: bytes | None, job_id: str) -> job.Progress | None:
 
 def result(data: bytes | None, job_id: str) -> job.Result | None:
     """The result of this job, or None if `data` is not that."""
-    found = _read(data, job.Result, RESULT_BYTES)
+    found = _read(data, job.Result, job.RESULT_BYTES)
     return found if found is not None and _is_result(found, job_id) else None
 
 

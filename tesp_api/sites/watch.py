@@ -43,7 +43,7 @@ class JobFiles:
 
     def result(self, job_id: str) -> job.Result | None:
         """The job's result, if there is one that can be read."""
-        return documents.result(self.read(job_id, "result.json", documents.RESULT_BYTES), job_id)
+        return documents.result(self.read(job_id, "result.json", job.RESULT_BYTES), job_id)
 
     def stamp(self, job_id: str) -> tuple[int, int]:
         """Something that changes whenever the progress is replaced."""

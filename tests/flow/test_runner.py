@@ -134,6 +134,45 @@ def test_long_output_is_bounded_in_the_result_and_whole_in_its_file(make: Make, 
     assert (tmp_path / "data" / "out").stat().st_size == 5000004
 
 
+@pytest.mark.parametrize("python", NEW.values(), ids=NEW)
+def test_a_result_that_would_be_too_long_lists_the_first_files_and_says_so(
+    make: Make, tmp_path: Path, python: str
+) -> None:
+    """Every output is sent, so the task must not end, or be run again, because the list of them is long."""
+    made = make(
+        sh("mkdir /w/many; cd /w/many; i=100; while [ $i -lt 300 ]; do : > file-$i; i=$((i+1)); done; echo done"),
+        outputs=[job.Output("/w/many", f"{tmp_path}/data/many", job.DIRECTORY)],
+        mounts=mounts("/w"),
+        result_bytes=8000,
+        python=python,
+    )
+    result = made.run()
+    listed = len(result.outputs)
+    assert (result.state, result.executors[0].stdout) == ("COMPLETE", "done\n")
+    assert len(list((tmp_path / "data" / "many").iterdir())) == 200
+    assert 0 < listed < 200
+    assert (made.root / "metadata" / "result.json").stat().st_size <= 8000
+    assert result.system_logs[1:] == [
+        f"outputs: {200 - listed} of the 200 files that were sent are not listed: a result may take at most 8000 bytes."
+    ]
+
+
+def test_a_result_that_would_be_too_long_by_its_logs_tells_the_exit_codes(make: Make, tmp_path: Path) -> None:
+    made = make(
+        sh("head -c 50000 /dev/zero | tr '\\0' '\\1'; : > /w/o", ignore_error=True),
+        sh("head -c 50000 /dev/zero >&2; exit 7"),
+        outputs=[job.Output("/w/o", f"{tmp_path}/data/o")],
+        mounts=mounts("/w"),
+        result_bytes=8000,
+    )
+    result = made.run()
+    assert (result.state, [each.exit_code for each in result.executors]) == ("EXECUTOR_ERROR", [0, 7])
+    assert (made.root / "metadata" / "result.json").stat().st_size <= 8000
+    assert "bytes left out" in result.executors[0].stdout
+    assert [each.path for each in result.outputs] == ["/w/o"]
+    assert "a result may take at most 8000 bytes" in result.system_logs[-1]
+
+
 def test_both_streams_may_share_a_file(make: Make, tmp_path: Path) -> None:
     made = make(
         sh("echo 1; echo 2 >&2", stdout="/w/o", stderr="/w/o"),

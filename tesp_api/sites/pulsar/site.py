@@ -377,7 +377,7 @@ class PulsarSite:
         return now - seen.at >= pause
 
     async def _result(self, job_id: str) -> job.Result | None:
-        return documents.result(await self._carrier.fetch(job_id, RESULT, documents.RESULT_BYTES), job_id)
+        return documents.result(await self._carrier.fetch(job_id, RESULT, job.RESULT_BYTES), job_id)
 
     def _is_still(self, job_id: str, progress: job.Progress | None) -> bool:
         beat, now = (progress.beat if progress is not None else -1), time.monotonic()
