@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 
@@ -14,16 +15,21 @@ log = logging.getLogger(__name__)
 
 
 async def record(
-    store: TaskStore, task: Task, decide: Callable[[Task], Change | None], *, before: float | None = None
+    store: TaskStore,
+    task: Task,
+    decide: Callable[[Task], Change | None],
+    *,
+    before: float | None = None,
+    aside: bool = False,
 ) -> Task | None:
     """Apply what `decide` makes of the task; when somebody else was faster, read it again and decide anew.
 
     Returns the task as written, or None when there is nothing to do (any more). With `before`, RightLost once the
-    store's time has come to it.
+    store's time has come to it. `aside`: it takes `decide` so long that it is done in a thread.
     """
     current: Task | None = task
     while current is not None:
-        change = decide(current)
+        change = await asyncio.to_thread(decide, current) if aside else decide(current)
         if change is None:
             return None
         written = await store.apply(task.id, change, before=before)

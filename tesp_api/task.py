@@ -29,6 +29,10 @@ ACTIVE = frozenset({TesState.INITIALIZING, TesState.RUNNING, TesState.CANCELING}
 """States in which a task holds a place at a site."""
 
 
+MANY = 1000
+"""Output files of one attempt; more of them are gone through in a thread."""
+
+
 def rfc3339(moment: float) -> str:
     """Seconds since the epoch as `2026-01-31T12:00:00.000000Z`."""
     return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
@@ -57,6 +61,11 @@ class Observation:
     exit_code: int | None = None
     detail: str = ""
     reported: bool = False
+
+    @property
+    def long(self) -> bool:
+        """Whether its result has so many rows that others should not wait while they are gone through."""
+        return self.result is not None and len(self.result.outputs) > MANY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +283,7 @@ def put_attempt(attempts: tuple[Attempt, ...], attempt: Attempt) -> tuple[Attemp
 __all__ = [
     "ACTIVE",
     "FINAL",
+    "MANY",
     "READ_ONLY",
     "Attempt",
     "Bodies",

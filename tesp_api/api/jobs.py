@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tesp_api import lifecycle
-from tesp_api.api.tasks import LONG_BODY, read_body
+from tesp_api.api.tasks import read_body
 from tesp_api.api.views import Json
 from tesp_api.errors import InvalidRequest, StoreUnavailable
 from tesp_api.lifecycle import Policy
@@ -139,8 +139,7 @@ class Jobs:
         job_id = request.path_params["id"]
         task, attempt = await self._find(job_id, request.headers.get("authorization", ""))
         body = await read_body(request, REPORT_BYTES)
-        long = len(body) > LONG_BODY
-        found = await asyncio.to_thread(documents.report, body, job_id) if long else documents.report(body, job_id)
+        found = await documents.aside(documents.report, body, job_id)
         if found is None:
             raise InvalidRequest(
                 "The body must be a report of this job: an object with its progress, as the runner sends."
@@ -171,7 +170,9 @@ class Jobs:
         )
         policy = self._policies.get(attempt.site, Policy())
         await record_tail(self._store, task, seen)
-        noted = await record(self._store, task, lambda task: lifecycle.reported(task, seen, self._clock(), policy))
+        noted = await record(
+            self._store, task, lambda task: lifecycle.reported(task, seen, self._clock(), policy), aside=seen.long
+        )
         return noted or task
 
     async def _hold(self, task: Task, job_id: str, seconds: float) -> Answer:

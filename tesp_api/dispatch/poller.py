@@ -243,6 +243,7 @@ class Poller:
             self._store,
             task,
             lambda task: lifecycle.never_stopped(task, now, policy) or lifecycle.observed(task, seen, now, policy),
+            aside=seen.long,
         )
 
     async def note(self, site: str, seen: Observation) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import types
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tesp_api.runner import job
 
 PROGRESS_BYTES: Final = 64 * 1024
 """Longest progress.json that is read."""
+
+LONG: Final = 256 * 1024
+"""Bytes from which on a document is read in a thread."""
 
 PHASES: Final = frozenset({"waiting", "staging", "running", "uploading", "done"})
 STATES: Final = frozenset({"COMPLETE", "EXECUTOR_ERROR", "SYSTEM_ERROR", "CANCELED"})
@@ -27,6 +32,7 @@ NOT_BEGUN: Final = frozenset(
 )
 """Exit codes which say that no executor was started; to be believed only of a job whose progress still waits."""
 
+T = TypeVar("T")
 _Document = TypeVar("_Document", job.Progress, job.Result, job.Report)
 
 
@@ -53,6 +59,13 @@ def report(data: bytes | None, job_id: str) -> job.Report | None:
     if found is None or not _is_progress(found.progress, job_id) or not 0 <= found.hold <= job.HOLD:
         return None
     return found if found.result is None or _is_result(found.result, job_id) else None
+
+
+async def aside(read: Callable[[bytes | None, str], T], data: bytes | None, job_id: str) -> T:
+    """What `read`, one of the above, makes of `data`; a long document is read in a thread, so that others go on."""
+    if data is None or len(data) <= LONG:
+        return read(data, job_id)
+    return await asyncio.to_thread(read, data, job_id)
 
 
 def _is_progress(found: job.Progress, job_id: str) -> bool:
@@ -113,19 +126,29 @@ def _read(data: bytes | None, kind: type[_Document], limit: int) -> _Document | 
 
 def _conforms(value: object, hint: Any) -> bool:
     """Whether a value is of its annotated type, all the way down."""
+    return _check(hint)(value)
+
+
+@cache
+def _check(hint: Any) -> Callable[[object], bool]:
+    """What tells whether a value conforms to a hint: made once, since a result can have very many rows."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return any(_conforms(value, each) for each in arguments)
+        choices = [_check(each) for each in arguments]
+        return lambda value: any(fits(value) for fits in choices)
     if origin is list:
-        return isinstance(value, list) and all(_conforms(each, arguments[0]) for each in value)
+        row = _check(arguments[0])
+        return lambda value: isinstance(value, list) and all(map(row, value))
     if origin is dict:
-        return isinstance(value, dict) and all(_conforms(each, arguments[1]) for each in value.values())
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if not isinstance(value, hint):
-        return False
+        entry = _check(arguments[1])
+        return lambda value: isinstance(value, dict) and all(map(entry, value.values()))
+    if hint in (int, float):
+        kinds = int if hint is int else (int, float)
+        return lambda value: isinstance(value, kinds) and not isinstance(value, bool)
     if hasattr(hint, "_fields"):
-        return all(_conforms(getattr(value, name), each) for name, each in get_type_hints(hint).items())
-    return True
+        hints = get_type_hints(hint)
+        fields = [_check(hints[name]) for name in hint._fields]
+        return lambda value: (
+            isinstance(value, hint) and all(fits(each) for fits, each in zip(fields, value, strict=True))
+        )
+    return lambda value: isinstance(value, hint)

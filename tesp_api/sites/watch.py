@@ -43,7 +43,14 @@ class JobFiles:
 
     def result(self, job_id: str) -> job.Result | None:
         """The job's result, if there is one that can be read."""
-        return documents.result(self.read(job_id, "result.json", job.RESULT_BYTES), job_id)
+        return documents.result(self._result(job_id), job_id)
+
+    async def result_aside(self, job_id: str) -> job.Result | None:
+        """The same; nobody has to wait while a long one is read."""
+        return await documents.aside(documents.result, self._result(job_id), job_id)
+
+    def _result(self, job_id: str) -> bytes | None:
+        return self.read(job_id, "result.json", job.RESULT_BYTES)
 
     def stamp(self, job_id: str) -> tuple[int, int]:
         """Something that changes whenever the progress is replaced."""
@@ -83,11 +90,11 @@ class Watch:
                 self._some.clear()
             await self._some.wait()
             for job_id in list(self._stamps):
-                if (seen := self._look(job_id)) is not None:
+                if (seen := await self._look(job_id)) is not None:
                     yield seen
             await asyncio.sleep(PAUSE + PAUSE_EACH * len(self._stamps))
 
-    def _look(self, job_id: str) -> Observation | None:
+    async def _look(self, job_id: str) -> Observation | None:
         stamp = self._files.stamp(job_id)
         if self._stamps.get(job_id, stamp) == stamp:
             return None
@@ -97,7 +104,7 @@ class Watch:
             return None
         if progress.phase == "done":
             self.drop(job_id)
-            result = self._files.result(job_id)
+            result = await self._files.result_aside(job_id)
             return Observation(job_id=job_id, phase=Phase.ENDED, progress=progress, result=result) if result else None
         phase = (progress.phase, progress.executor)
         if self._phases.get(job_id) == phase:

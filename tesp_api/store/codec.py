@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
+from itertools import chain
 from typing import Any
 
-from tesp_api.task import Attempt, Bodies, Tail, Task
-from tesp_api.tes import TesTaskLog
+from pydantic import TypeAdapter
 
+from tesp_api.task import MANY, Attempt, Bodies, Tail, Task
+from tesp_api.tes import TesOutputFileLog, TesTaskLog
+
+_FILES = TypeAdapter(list[TesOutputFileLog])
 _PLAIN = tuple(each.name for each in fields(Attempt) if each.name != "log")
 
 
@@ -42,7 +46,14 @@ def attempt_from_json(text: str | bytes) -> Attempt:
 def _attempt(document: Mapping[str, Any]) -> Attempt:
     plain = {name: document[name] for name in _PLAIN if name in document}
     plain["tokens"] = tuple(plain.get("tokens", ()))
-    return Attempt(**plain, log=TesTaskLog.model_validate(document["log"]))
+    return Attempt(**plain, log=_log(document["log"]))
+
+
+def _log(document: Mapping[str, Any]) -> TesTaskLog:
+    """The log of an attempt. Many output files are read in parts, since other threads stand still during each."""
+    files = document["outputs"]
+    parts = (_FILES.validate_python(files[at : at + MANY]) for at in range(0, len(files), MANY))
+    return TesTaskLog.model_validate({**document, "outputs": list(chain.from_iterable(parts))})
 
 
 # Bodies: each text has a key (kind, attempt number, index); system lines are counted by index.

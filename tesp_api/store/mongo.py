@@ -82,7 +82,7 @@ from tesp_api.store.mailbox import (
     last_of_read,
     next_letter_id,
 )
-from tesp_api.task import ACTIVE, FINAL, Attempt, Bodies, Tail, Task
+from tesp_api.task import ACTIVE, FINAL, MANY, Attempt, Bodies, Tail, Task
 from tesp_api.tes import TesState, TesView
 
 log = logging.getLogger(__name__)
@@ -528,7 +528,7 @@ class MongoStore:
         if view is TesView.MINIMAL:
             return [_task(record, {}) for record in records]
         long = await self._long(records)
-        tasks = [_task(record, long) for record in records]
+        tasks = await asyncio.to_thread(_tasks, records, long) if long else _tasks(records, long)
         if view is TesView.FULL:
             bodies = await self._bodies(records)
             tails = await self._said([task.id for task in tasks if task.state in ACTIVE])
@@ -597,7 +597,9 @@ class MongoStore:
         condition: Record = {"_id": task_id, "version": change.version}
         if change.attempt is not None:
             at = change.attempt.number - 1
-            new |= {f"attempts.{at}": _attempt(change.attempt, part), "site": change.attempt.site}
+            many = len(change.attempt.log.outputs) > MANY
+            text = await asyncio.to_thread(_attempt, change.attempt, part) if many else _attempt(change.attempt, part)
+            new |= {f"attempts.{at}": text, "site": change.attempt.site}
             if at > 0:
                 condition[f"attempts.{at - 1}"] = {"$exists": True}
         if before is not None:
@@ -986,6 +988,10 @@ def _marks(state: TesState) -> Record:
     """The state, and what indexes need to know of it."""
     marks: Record = {"state": state.value, "queued": state is TesState.QUEUED}
     return {**marks, "active": True} if state in ACTIVE else marks
+
+
+def _tasks(records: Sequence[Record], long: Mapping[tuple[str, str, int], str]) -> list[Task]:
+    return [_task(record, long) for record in records]
 
 
 def _task(record: Record, long: Mapping[tuple[str, str, int], str]) -> Task:

@@ -27,7 +27,7 @@ from tesp_api.store import FEW, LONGEST_RIGHT, Load, Once, Query, Repeat, Ring, 
 from tesp_api.store import sqlite as sqlite_store
 from tesp_api.store.mongo import MongoStore
 from tesp_api.store.sqlite import SqliteStore
-from tesp_api.task import Tail, Task
+from tesp_api.task import MANY, Tail, Task
 from tesp_api.tes import TesState, TesView
 from tests import mongod
 from tests.builders import NOW, make_attempt, make_task
@@ -179,6 +179,22 @@ async def test_long_bodies(store: TaskStore) -> None:
     assert full.bodies is not None
     assert full.bodies.streams[1, 0, "stdout"] == text
     assert [len(each) for each in full.bodies.contents.values()] == [8 << 20, 8 << 20]
+
+
+@on
+async def test_an_attempt_with_many_files(store: TaskStore) -> None:
+    task = make_task(record={"state": TesState.INITIALIZING})
+    await store.add(task)
+    files = [{"url": f"u{at}", "path": f"/{at}", "size_bytes": at} for at in range(3 * MANY)]
+    attempt = make_attempt(task.id, log={"outputs": files})
+    written = await store.apply(task.id, change(task, attempt=attempt))
+    assert written is not None
+    assert written.attempts == (attempt,)
+    assert (await store.get(task.id, TesView.BASIC)) == written
+    following = make_attempt(task.id, 2)
+    written = await store.apply(task.id, change(written, attempt=following))
+    assert written is not None
+    assert written.attempts == (attempt, following)
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udcffb", "nul\0nul", "\ufffe\uffff", "\x01\x7f", "'\"`;--", "\u202e"])

@@ -10,6 +10,7 @@ import asyncio
 import json
 import signal
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -32,13 +33,14 @@ from tesp_api.dispatch.inspector import Inspector
 from tesp_api.dispatch.keeper import Keeper
 from tesp_api.dispatch.poller import Poller
 from tesp_api.lifecycle import Policy
+from tesp_api.record import record
 from tesp_api.runner import job
 from tesp_api.runner.bundle import build
 from tesp_api.settings import load
 from tesp_api.sites import Site, SiteFacts, documents
 from tesp_api.sites.local import LocalSite
 from tesp_api.store.sqlite import SqliteStore
-from tesp_api.task import Observation, Phase, token_hash
+from tesp_api.task import MANY, Observation, Phase, Task, rfc3339, task_of, token_hash
 from tesp_api.tes import TesState, TesView
 from tests.builders import NOW, client_of, make_attempt, make_task, run
 from tests.doubles import down
@@ -395,8 +397,9 @@ async def reporting(store: SqliteStore, **options: Any) -> AsyncIterator[tuple[J
 
     async with client_of(app, "http://tes") as client:
 
-        async def ask(job_id: str, hold: float = job.HOLD) -> dict[str, Any]:
-            content = documents.dump(job.Report(job.Progress(job_id, "running", started="t", beat=1), hold=hold))
+        async def ask(job_id: str, hold: float = job.HOLD, result: job.Result | None = None) -> dict[str, Any]:
+            progress = job.Progress(job_id, "running", started="t", beat=1)
+            content = documents.dump(job.Report(progress, result, hold))
             answer = await client.post(f"{PATH}/{job_id}", content=content, headers={"Authorization": "Bearer secret"})
             assert answer.status_code == 200, answer.text
             found: dict[str, Any] = answer.json()
@@ -448,5 +451,44 @@ def test_a_question_ends_after_its_time() -> None:
     async def go() -> None:
         async with SqliteStore(":memory:") as store, reporting(store) as (_, ask):
             assert (await ask(await running(store), 0.05)) == {"cancel": False, "pause": 0.0, "version": 1}
+
+    run(go())
+
+
+# Results that hold much
+
+
+def test_a_report_of_many_files() -> None:
+    files = [job.OutputFile(f"file:///data/{at}", f"/out/{at}", at) for at in range(MANY + 1)]
+
+    async def go() -> None:
+        async with SqliteStore(":memory:") as store, reporting(store) as (_, ask):
+            job_id = await running(store)
+            await ask(job_id, result=job.Result(job_id, "COMPLETE", rfc3339(NOW), rfc3339(NOW), outputs=files))
+            task = await store.get(task_of(job_id)[0], TesView.BASIC)
+            assert task is not None
+            assert task.attempt is not None
+            assert task.state is TesState.COMPLETE
+            assert [(each.url, each.path, each.size_bytes) for each in task.attempt.log.outputs] == files
+
+    run(go())
+
+
+def test_others_go_on_while_it_takes_long_to_decide() -> None:
+    """The decision waits until the loop has gone on, if it is not made on the loop itself."""
+    go_on = threading.Event()
+
+    def decide(task: Task) -> lifecycle.Change | None:
+        assert go_on.wait(GUARD)
+        return lifecycle.cancel(task, NOW)
+
+    async def go() -> None:
+        async with SqliteStore(":memory:") as store:
+            task = await store.get(task_of(await running(store))[0], TesView.BASIC)
+            assert task is not None
+            asyncio.get_running_loop().call_soon(go_on.set)
+            written = await record(store, task, decide, aside=True)
+            assert written is not None
+            assert written.state is TesState.CANCELING
 
     run(go())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -57,6 +59,24 @@ def test_a_report() -> None:
 )
 def test_no_report(data: bytes) -> None:
     assert documents.report(data, "j-1") is None
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_others_go_on_while_a_long_document_is_read(*, long: bool) -> None:
+    """The reader waits until the loop has gone on, if it is not on the loop itself."""
+    go_on = threading.Event()
+    data = b"x" * (documents.LONG + long)
+
+    def read(data: bytes | None, job_id: str) -> tuple[bytes | None, str, bool]:
+        return data, job_id, go_on.wait(60 if long else 0)
+
+    async def main() -> tuple[bytes | None, str, bool]:
+        reading = asyncio.create_task(documents.aside(read, data, "j-1"))
+        await asyncio.sleep(0)
+        go_on.set()
+        return await reading
+
+    assert asyncio.run(main()) == (data, "j-1", long)
 
 
 def test_the_longest_progress_can_be_read() -> None:

@@ -285,7 +285,7 @@ class PulsarSite:
 
     async def _ended(self, job_id: str, status: Status) -> Observation:
         code = status.returncode if status.state == "complete" else None
-        result = documents.result(_bytes(status.result), job_id)
+        result = await _sent_result(job_id, status)
         if result is None and _listed(status, RESULT):
             result = await self._result(job_id)
         if result is not None:
@@ -322,7 +322,7 @@ class PulsarSite:
         return not self._is_still(job_id, progress)
 
     async def _lost(self, job_id: str, status: Status) -> Observation:
-        result = documents.result(_bytes(status.result), job_id)
+        result = await _sent_result(job_id, status)
         if result is None and _listed(status, RESULT):
             result = await self._result(job_id)
         if result is not None:
@@ -377,7 +377,8 @@ class PulsarSite:
         return now - seen.at >= pause
 
     async def _result(self, job_id: str) -> job.Result | None:
-        return documents.result(await self._carrier.fetch(job_id, RESULT, job.RESULT_BYTES), job_id)
+        data = await self._carrier.fetch(job_id, RESULT, job.RESULT_BYTES)
+        return await documents.aside(documents.result, data, job_id)
 
     def _is_still(self, job_id: str, progress: job.Progress | None) -> bool:
         beat, now = (progress.beat if progress is not None else -1), time.monotonic()
@@ -412,7 +413,7 @@ class PulsarSite:
         async with asyncio.TaskGroup() as beside:
             async for job_id, status in self._carrier.updates():
                 self._hear(job_id, status)
-                seen = _told(job_id, status)
+                seen = await _told(job_id, status)
                 if seen is None:
                     beside.create_task(self._look_up(job_id, status, looks))
                     continue
@@ -575,13 +576,18 @@ async def _next(
         waiting.cancel()
 
 
-def _told(job_id: str, status: Status) -> Observation | None:
+async def _told(job_id: str, status: Status) -> Observation | None:
     """What follows from Pulsar's words alone, or None if more must be looked up."""
-    result = documents.result(_bytes(status.result), job_id)
+    result = await _sent_result(job_id, status)
     if result is None:
         return None
     code = status.returncode if status.state == "complete" else None
     return Observation(job_id=job_id, phase=Phase.ENDED, result=result, exit_code=code)
+
+
+async def _sent_result(job_id: str, status: Status) -> job.Result | None:
+    """The result that Pulsar has sent along with its status."""
+    return await documents.aside(documents.result, _bytes(status.result), job_id)
 
 
 def _is_fresh(progress: job.Progress | None) -> bool:
