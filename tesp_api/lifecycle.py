@@ -7,6 +7,7 @@ reads again. Sources: TES 1.1 `tesState`; where it is silent, docs/state-machine
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
@@ -76,6 +77,9 @@ WATCHED_FOR: Final = 2.0
 
 SOON: Final = 1.0
 """Seconds within which the next look at a job is soon enough for one who wants to see what it does."""
+
+
+_RFC3339 = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?(Z|[+-][0-9]{2}:[0-9]{2})")
 
 
 class Keep(Enum):
@@ -423,7 +427,7 @@ def _task_log(attempt: Attempt, result: job.Result) -> tuple[TesTaskLog, dict[tu
             if text:
                 streams[attempt.number, index, name] = str(text)
     logs = [
-        TesExecutorLog(exit_code=each.exit_code, start_time=each.start_time, end_time=each.end_time)
+        TesExecutorLog(exit_code=each.exit_code, start_time=_time(each.start_time), end_time=_time(each.end_time))
         for each in result.executors
     ]
     outputs = [
@@ -433,9 +437,18 @@ def _task_log(attempt: Attempt, result: job.Result) -> tuple[TesTaskLog, dict[tu
     told = {storable(str(key)): storable(str(value)) for key, value in result.metadata.items()}
     metadata = {**told, **(attempt.log.metadata or {})}  # what we know is not for the node to say
     log = TesTaskLog(
-        logs=logs, outputs=outputs, metadata=metadata, start_time=attempt.log.start_time, end_time=result.end_time
+        logs=logs,
+        outputs=outputs,
+        metadata=metadata,
+        start_time=attempt.log.start_time,
+        end_time=_time(result.end_time),
     )
     return log, streams
+
+
+def _time(text: str) -> str | None:
+    """A node's word for a time, or None: TES wants RFC 3339, and without a time the rest of a result is as good."""
+    return text if _RFC3339.fullmatch(text) else None
 
 
 def _finish(

@@ -80,7 +80,17 @@ def _is_progress(found: job.Progress, job_id: str) -> bool:
 
 
 def _is_result(found: job.Result, job_id: str) -> bool:
-    return found.job_id == job_id and found.state in STATES
+    return (
+        found.job_id == job_id
+        and found.state in STATES
+        and all(is_code(each.exit_code) for each in found.executors)
+        and all(0 <= each.size_bytes < 1 << 63 for each in found.outputs)
+    )
+
+
+def is_code(code: int) -> bool:
+    """Whether this can be the exit code of a process; TES gives it 32 bits."""
+    return -(1 << 31) <= code < 1 << 31
 
 
 def begun(found: job.Progress | None) -> bool:

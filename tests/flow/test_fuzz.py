@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import httpx
@@ -19,8 +21,12 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from tesp_api.api.jobs import PATH, Jobs
+from tesp_api.api.routes import Methods
 from tesp_api.store.sqlite import SqliteStore
-from tests.builders import HELLO, api_app
+from tesp_api.task import rfc3339, token_hash
+from tesp_api.tes import TesState, TesTask
+from tests.builders import HELLO, NOW, api_app, client_of, make_attempt, make_task
 
 STORE = SqliteStore(":memory:")
 APP = api_app(STORE)
@@ -129,6 +135,61 @@ def test_nearly_tasks(task: dict[str, Any], send: Send) -> None:
 @given(body=st.binary() | st.text().map(str.encode) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_garbage_bodies(body: bytes, send: Send) -> None:
     assert send(method="POST", url=f"{BASE}/tasks", content=body).status_code == 400
+
+
+ODD = {
+    str: st.text(st.characters(exclude_categories=()), max_size=10) | st.sampled_from(["\ud800", "a" * 5000]),
+    int: st.integers() | st.sampled_from([-1, 1 << 31, 1 << 63, 10**300]),
+}
+
+
+@st.composite
+def nearly_reports(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A progress and a result of a node, a few of their fields replaced by anything."""
+    executor = {"exit_code": 0, "start_time": rfc3339(NOW), "end_time": rfc3339(NOW), "stdout": "o", "stderr": "e"}
+    output = {"url": "u", "path": "p", "size_bytes": 1}
+    progress = {"phase": "running", "executor": 0, "started": "t", "beat": 1}
+    progress |= {"stdout": "x", "stderr": "x", "stdout_bytes": 1, "stderr_bytes": 1}
+    result = {"state": "COMPLETE", "start_time": rfc3339(NOW), "end_time": rfc3339(NOW), "infrastructure": False}
+    parts: list[dict[str, Any]] = [executor, output, progress, result]
+    for _ in range(draw(st.integers(1, 4))):
+        part = draw(st.sampled_from(parts))
+        key = draw(st.sampled_from(sorted(part)))
+        part[key] = draw(ODD.get(type(part[key]), JSON) if draw(st.integers(0, 5)) else JSON)
+    rows = {"executors": [executor], "outputs": [output]}
+    texts = {"system_logs": draw(st.lists(ODD[str])), "metadata": draw(st.dictionaries(ODD[str], ODD[str]))}
+    return progress, {**result, **rows, **texts}
+
+
+@quick
+@given(nearly=nearly_reports())
+def test_nearly_reports(nearly: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Whatever a node says is refused, or it can be stored and shown."""
+    progress, result = nearly
+
+    async def main() -> None:
+        async with SqliteStore(":memory:") as store:
+            app = api_app(store)
+            Methods(POST=Jobs(store, {}, lambda: NOW).report).add_to(app.router, f"{PATH}/{{id}}")
+            task = make_task()
+            attempt = make_attempt(task.id, submitted=NOW, tokens=(token_hash("secret"),))
+            await store.add(replace(task, state=TesState.RUNNING, attempts=(attempt,), due_at=NOW))
+            mine = {"job_id": attempt.job_id}
+            async with client_of(app, ROOT) as client:
+                for report in ({"progress": {**progress, **mine}}, {"result": {**result, **mine}}):
+                    body = {"progress": {**mine, "phase": "done"}, **report}
+                    headers = {"Authorization": "Bearer secret"}
+                    url = f"{PATH}/{attempt.job_id}"
+                    answer = await client.post(url, content=json.dumps(body), headers=headers)
+                    assert answer.status_code in (200, 400), answer.text
+                    shown = await client.get(f"/v1/tasks/{task.id}?view=FULL")
+                    assert shown.status_code == 200
+                    TesTask.model_validate(shown.json())
+                    for log in shown.json()["logs"][0]["logs"]:
+                        assert abs(log["exit_code"]) <= 1 << 31
+                        assert all(datetime.fromisoformat(log[key]) for key in log if key.endswith("_time"))
+
+    asyncio.run(main())
 
 
 WORDS = st.sampled_from(["page_size", "page_token", "view", "state", "tag_key", "tag_value", "name_prefix"])

@@ -53,9 +53,13 @@ def test_a_report() -> None:
         report(result={**RESULT, "job_id": "j-2"}),
         report(result={**RESULT, "state": "RUNNING"}),
         report(result={**RESULT, "executors": [{"exit_code": "0"}]}),
+        report(result={**RESULT, "executors": [{"exit_code": 1 << 31, "start_time": "s", "end_time": "e"}]}),
+        report(result={**RESULT, "executors": [{"exit_code": -(10**300), "start_time": "s", "end_time": "e"}]}),
+        report(result={**RESULT, "outputs": [{"url": "u", "path": "p", "size_bytes": -1}]}),
+        report(result={**RESULT, "outputs": [{"url": "u", "path": "p", "size_bytes": 1 << 63}]}),
         report() + b" " * job.REPORT_BYTES,
     ],
-    ids=range(23),
+    ids=range(27),
 )
 def test_no_report(data: bytes) -> None:
     assert documents.report(data, "j-1") is None

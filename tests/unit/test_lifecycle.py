@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tesp_api import lifecycle
 from tesp_api.lifecycle import KEEP, NO_PYTHON, TRANSITIONS, Change, Policy
 from tesp_api.runner import job
-from tesp_api.task import ACTIVE, FINAL, Attempt, Observation, Phase, Task, job_id, put_attempt
+from tesp_api.store.codec import attempts_from_json, attempts_to_json
+from tesp_api.task import ACTIVE, FINAL, Attempt, Observation, Phase, Task, job_id, put_attempt, rfc3339
 from tesp_api.tes import TesState
 from tests.builders import NOW, make_attempt, make_task
 
@@ -228,10 +229,11 @@ def test_lone_surrogates_from_a_node_can_be_stored() -> None:
         task,
         result(
             task,
-            executors=[job.ExecutorResult(0, "s", "e", bad, bad)],
+            executors=[job.ExecutorResult(0, bad, bad, bad, bad)],
             outputs=[job.OutputFile(bad, bad, 1)],
             system_logs=[bad],
             metadata={bad: bad},
+            end_time=bad,
         ),
         NOW,
         POLICY,
@@ -241,8 +243,23 @@ def test_lone_surrogates_from_a_node_can_be_stored() -> None:
     assert change.attempt is not None
     texts = [*change.streams.values(), *change.system, change.attempt.log.outputs[0].path]
     assert texts == ["a?b"] * 4
+    assert attempts_from_json(attempts_to_json((change.attempt,)).encode().decode()) == (change.attempt,)
     change = lifecycle.silent(task_in(S.RUNNING), NOW, bad, POLICY)
     assert change.system == ("a?b",)
+
+
+@pytest.mark.parametrize("time", ["", "s", "2026-01-31", "a\udcff", "2026-01-31T12:00:00Z\n", "9" * 100])
+def test_a_time_that_is_none_is_left_out_and_the_rest_of_the_result_is_taken(time: str) -> None:
+    good = "2026-01-31T12:00:01.5+01:00"
+    task = task_in(S.RUNNING)
+    executors = [job.ExecutorResult(0, time, good), job.ExecutorResult(3, good, time)]
+    change = lifecycle.observed(task, result(task, "EXECUTOR_ERROR", executors=executors, end_time=time), NOW, POLICY)
+    assert change is not None
+    assert change.state is S.EXECUTOR_ERROR
+    assert change.attempt is not None
+    log = change.attempt.log
+    assert [(each.exit_code, each.start_time, each.end_time) for each in log.logs] == [(0, None, good), (3, good, None)]
+    assert log.end_time == rfc3339(NOW), "when we heard of it"
 
 
 # Races

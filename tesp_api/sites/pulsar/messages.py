@@ -166,7 +166,7 @@ def read_status(document: object) -> Status | None:
     stderr = document.get("job_stderr")
     return Status(
         state=document["status"],
-        returncode=code if isinstance(code, int) and not isinstance(code, bool) else None,
+        returncode=code if isinstance(code, int) and not isinstance(code, bool) and documents.is_code(code) else None,
         metadata=frozenset(each for each in contents if isinstance(each, str)) if isinstance(contents, list) else None,
         result=_dynamic_result(document.get("realized_dynamic_file_sources")),
         stderr=stderr if isinstance(stderr, str) else "",
