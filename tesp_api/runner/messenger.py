@@ -20,6 +20,7 @@ import re
 import shutil
 import stat
 import sys
+import time
 import zlib
 from typing import Any, Callable, Dict, List, Optional
 
@@ -30,7 +31,8 @@ JOB = re.compile(r"[A-Za-z0-9_-]{1,200}\Z")
 HOME = re.compile(r"tes-runner-[0-9a-f]{64}\Z")
 READABLE = ("progress.json", "result.json")
 WRITABLE = ("answer.json",)
-SHARD = 5  # as in jobdir.py (a test compares them)
+SHARD = 5  # as in jobdir.py, like the next one (a test compares them)
+MARKED_FOR = 30 * 86400
 
 
 class Refused(Exception):
@@ -127,7 +129,7 @@ class Messenger:
             return
         shutil.rmtree(path, ignore_errors=True)
         if os.path.lexists(path):
-            _open_up(path)
+            open_up(path)
             shutil.rmtree(path, ignore_errors=True)
         if os.path.lexists(path):
             raise OSError(errno.ENOTEMPTY, "something could not be removed")
@@ -135,14 +137,19 @@ class Messenger:
     def _bury(self, job: str) -> None:
         """Mark the job as one that has run, in the home of each runner: the mark that runners make of jobs they take.
 
-        A launch may lie in a queue for long. One that comes after its job was removed must not run.
+        A launch may lie in a queue for long. One that comes after its job was removed must not run. No runner drops old
+        marks in the home of an earlier version, so whoever makes marks there does.
         """
         if job.startswith("tes-errand-"):
             return
         for mark in self._marks(job):
+            shard = os.path.dirname(mark)
             try:
-                os.makedirs(os.path.dirname(mark), 0o700, exist_ok=True)
+                is_new = not os.path.isdir(shard)
+                os.makedirs(shard, 0o700, exist_ok=True)
                 os.close(os.open(mark, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
+                if is_new:
+                    _drop_old(os.path.dirname(shard))
             except OSError:
                 pass  # read-only, or full: then a late launch runs, as it does elsewhere
 
@@ -191,17 +198,38 @@ def _digest(path: str) -> str:
         return ""
 
 
-def _open_up(path: str) -> None:
-    """Let the owner into every directory of a tree."""
-    os.chmod(path, 0o700)
-    for folder, folders, _ in os.walk(path):
-        for name in folders:
-            inner = os.path.join(folder, name)
-            if not os.path.islink(inner):
-                try:
-                    os.chmod(inner, 0o700)
-                except OSError:
-                    pass  # another user's
+def _drop_old(marks: str) -> None:
+    """Remove the shards in which nothing was marked for a long time; what cannot be removed stays."""
+    for name in os.listdir(marks):
+        shard = os.path.join(marks, name)
+        try:
+            if time.time() - os.stat(shard).st_mtime > MARKED_FOR:
+                for mark in os.listdir(shard):
+                    os.unlink(os.path.join(shard, mark))
+                os.rmdir(shard)
+        except OSError:
+            pass
+
+
+def open_up(name: str, folder: Optional[int] = None) -> None:
+    """Let the owner into every directory of a tree, whose top is found by its path or its name in `folder`.
+
+    A container that is not dead yet may put a link in a directory's place at any moment. So each is found by its name
+    once, and held by a descriptor from then on.
+    """
+    try:
+        fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+    except OSError:
+        return  # no directory any more
+    try:
+        held = "/proc/self/fd/%d" % fd
+        os.chmod(held, 0o700)  # fchmod needs more than a path, and what is closed opens as no more
+        for inner in [each.name for each in os.scandir(held) if each.is_dir(follow_symlinks=False)]:
+            open_up(inner, fd)
+    except OSError:
+        pass  # another user's
+    finally:
+        os.close(fd)
 
 
 def main() -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import json
+import os
 import stat
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -137,6 +140,70 @@ def test_a_removed_job_is_marked_as_runners_mark_those_that_they_take(staging: P
     home = staging / pseudo_job(RUNNER.sha256)
     assert not jobdir.JobDirectory(str(staging / "t-1")).take_id(str(home / "inputs" / "runner.pyz"))
     assert jobdir.JobDirectory(str(staging / "t-2")).take_id(str(home / "inputs" / "runner.pyz"))
+
+
+def test_old_marks_go_when_new_ones_are_made(staging: Path) -> None:
+    """In the home of an earlier version of the runner, too, where no runner does that any more."""
+    assert messenger.MARKED_FOR == jobdir._MARKED_FOR
+    assert inspect.getsource(messenger._drop_old).replace("MARKED", "_MARKED") == inspect.getsource(jobdir._drop_old)
+    old, recent = (staging / pseudo_job("a" * 64) / "ran" / name for name in ("01OLD", "01NEW"))
+    for shard in (old, recent):
+        shard.mkdir(parents=True)
+        (shard / f"{shard.name}-1").touch()
+    an_age_ago = time.time() - messenger.MARKED_FOR - 60
+    os.utime(old, (an_age_ago, an_age_ago))
+    carry_out(staging, Remove("t-1"))
+    assert not old.exists()
+    assert (recent / "01NEW-1").exists()
+    assert (recent.parent / "t-1" / "t-1").exists()
+
+
+SWAP = """
+import os, shutil, stat, sys
+from tesp_api.runner.messenger import open_up
+
+left = 0  # steps of open_up until somebody swaps a directory for a link
+
+def step(event, arguments):
+    global left
+    if left and event in ("open", "os.chmod", "os.scandir", "os.listdir", "os.walk"):
+        left -= 1
+        if not left:
+            os.rename("job/a", "job/moved")
+            os.symlink("../outside", "job/a")
+
+def mode(path):
+    return stat.S_IMODE(os.stat(path).st_mode)
+
+sys.addaudithook(step)
+os.umask(0o022)
+os.makedirs("outside/b")
+number, more = 0, True
+while more:
+    number += 1
+    os.makedirs("job/a/b")
+    left = number
+    open_up("job")
+    more, left = left == 0, 0
+    assert (mode("outside"), mode("outside/b")) == (0o755, 0o755), number
+    assert more or (mode("job/a"), mode("job/a/b")) == (0o700, 0o700), number
+    shutil.rmtree("job")
+print(number)
+"""
+
+
+def test_a_link_put_in_a_directorys_place_meanwhile_is_not_followed(tmp_path: Path) -> None:
+    root = str(Path(__file__).parent.parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", SWAP],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) > 5, "steps"
 
 
 def test_a_document_for_a_removed_job_makes_no_directory(staging: Path) -> None:
