@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import secrets
 import socket
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,6 +19,24 @@ def require(condition: object, reason: str) -> None:
     if os.environ.get("TESP_REQUIRE_SERVICES") == "1":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@contextlib.contextmanager
+def descriptors(most: int) -> Iterator[None]:
+    """This process, and what it starts meanwhile, can have no more file descriptors than that; what is open stays."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextlib.contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    """This process can open nothing. (Less than one, which stdin has, and it could not poll what it has open.)"""
+    with descriptors(1):
+        yield
 
 
 def free_port() -> int:

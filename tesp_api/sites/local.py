@@ -7,6 +7,7 @@ kernel releases it when the last process that holds it is gone, whoever started 
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import logging
 import os
@@ -16,8 +17,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -26,6 +27,7 @@ from tesp_api import __version__
 from tesp_api.errors import SiteRefused, SiteUnavailable
 from tesp_api.runner import job
 from tesp_api.runner.bundle import FILE_NAME, Bundle, command, pseudo_job
+from tesp_api.runner.messenger import open_up
 from tesp_api.sites import SiteFacts, documents
 from tesp_api.sites.processes import PASSED_ON, Process, replace
 from tesp_api.sites.pulsar.messages import JOB_ID
@@ -38,6 +40,9 @@ DIRECTORIES: Final = ("inputs", "metadata", "working", "outputs")
 
 GONE_WITHIN: Final = 2.0
 """Seconds that a killed job has to clean up before its directory is taken away."""
+
+NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
+"""What a removal must wait for; any other error is there again the next time."""
 
 
 class LocalSite:
@@ -116,12 +121,14 @@ class LocalSite:
                 pass_fds=(alive,),
                 start_new_session=True,
             )
-        process = Process.of(child.pid) or Process(child.pid, 0)
-        process.note(root / "launched")
         self._exits[job_id] = child
         reaper = threading.Thread(target=self._reap, args=(job_id, child), name=f"reap {job_id}", daemon=True)
         self._reapers[job_id] = reaper
-        reaper.start()
+        try:
+            process = Process.of(child.pid) or Process(child.pid, 0)
+            process.note(root / "launched")
+        finally:
+            reaper.start()  # not before: until a process is reaped, no other gets its id
 
     def _reap(self, job_id: str, child: subprocess.Popen[bytes]) -> None:
         code = child.wait()
@@ -131,11 +138,13 @@ class LocalSite:
     # Observe
 
     async def observe(self, job_ids: Sequence[str]) -> Sequence[Observation]:
-        """See Site."""
-        observations = await asyncio.to_thread(lambda: [self._look(each) for each in job_ids])
+        """See Site. A job that cannot be looked at now is RUNNING without a sign of life."""
+        observations = await asyncio.to_thread(lambda: [self._try_to_look(each) for each in job_ids])
         for seen in observations:
             if seen.phase is Phase.RUNNING:
                 self._watch.add(seen.job_id)
+            else:
+                self._watch.drop(seen.job_id)
         return observations
 
     def freshen(self, job_ids: Sequence[str]) -> None:
@@ -145,6 +154,13 @@ class LocalSite:
         """See Site."""
         async for seen in self._watch.moves():
             yield seen
+
+    def _try_to_look(self, job_id: str) -> Observation:
+        try:
+            return self._look(job_id)
+        except OSError as error:
+            detail = f"The job's files cannot be looked at: {error.strerror}"
+            return Observation(job_id=job_id, phase=Phase.RUNNING, detail=detail)
 
     def _look(self, job_id: str) -> Observation:
         if not JOB_ID.fullmatch(job_id):
@@ -169,7 +185,7 @@ class LocalSite:
             return code
         try:
             return int((self._root(job_id) / "return_code").read_bytes())
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             return None
 
     async def check(self) -> str:
@@ -180,7 +196,8 @@ class LocalSite:
 
     async def cancel(self, job_id: str, *, force: bool = False) -> None:
         """See Site."""
-        await asyncio.to_thread(self._cancel, job_id, force)
+        with _unavailable():
+            await asyncio.to_thread(self._cancel, job_id, force)
 
     def _cancel(self, job_id: str, force: bool) -> None:
         root = self._root(job_id)
@@ -191,7 +208,10 @@ class LocalSite:
 
     async def forget(self, job_id: str, *, force: bool = False) -> bool:
         """See Site."""
-        root = self._root(job_id)
+        with _unavailable():
+            return await self._forget(job_id, self._root(job_id), force)
+
+    async def _forget(self, job_id: str, root: Path, force: bool) -> bool:
         if _is_taken(root / "alive"):
             if not force:
                 return False
@@ -203,12 +223,21 @@ class LocalSite:
             await asyncio.to_thread(reaper.join, GONE_WITHIN)
         await asyncio.to_thread(_remove, root)
         self._exits.pop(job_id, None)
+        self._watch.drop(job_id)
         return True
 
     def _root(self, job_id: str) -> Path:
         if not JOB_ID.fullmatch(job_id):
             raise SiteRefused(f"{job_id!r} cannot be a job id: only letters, digits, '_' and '-' are safe.")
         return self._directory / job_id
+
+
+@contextmanager
+def _unavailable() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SiteUnavailable(f"The job's files cannot be used now: {error.strerror}") from error
 
 
 def _take(path: Path, *, patience: float) -> int | None:
@@ -228,9 +257,10 @@ def _take(path: Path, *, patience: float) -> int | None:
 
 
 def _is_taken(path: Path) -> bool:
+    """Whether a process keeps the lock on `path`. OSError: that cannot be told now."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
+    except FileNotFoundError:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -247,24 +277,24 @@ def _tail(path: Path) -> str:
         with path.open("rb") as stream:
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - 4096))
             return stream.read(4096).decode("utf-8", "replace")
-    except OSError:
+    except FileNotFoundError:
         return ""
 
 
 def _remove(root: Path) -> None:
-    """Remove a tree in which executors may have left directories without write permission."""
-    for folder, names, _ in os.walk(root):
-        for name in names:
-            path = Path(folder, name)
-            if not path.is_symlink():
-                with suppress(OSError):
-                    path.chmod(0o700)
+    """Remove a tree in which executors may have left directories without write permission.
+
+    OSError: there are no file descriptors to do it with, so it is still to be done.
+    """
+    open_up(str(root))
     for left in (2, 1, 0):  # what reaps the process may write its exit code into the vanishing directory
         try:
             shutil.rmtree(root)
         except FileNotFoundError:
             return
         except OSError as error:
+            if error.errno in NO_DESCRIPTORS:
+                raise
             if not left:
                 log.warning("The directory of job %s cannot be removed: %s", root.name, error)
         else:

@@ -16,7 +16,10 @@ PASSED_ON = ("HOME", "PATH", "TMPDIR", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_L
 
 @dataclass(frozen=True)
 class Process:
-    """A process by its id and its start time (clock ticks since boot), which tells it from a later one of that id."""
+    """A process by its id and its start time (clock ticks since boot), which tells it from a later one of that id.
+
+    All but `gone` raise OSError when they cannot look now, for want of file descriptors say: that is no death.
+    """
 
     pid: int
     start: int
@@ -29,11 +32,11 @@ class Process:
 
     @classmethod
     def noted(cls, path: Path) -> Process | None:
-        """The process noted in a file, if it is alive."""
+        """The process noted in a file, if there is such a note and it is alive."""
         try:
             document = json.loads(path.read_bytes())
             noted = cls(int(document["pid"]), int(document["start"]))
-        except (OSError, ValueError, TypeError, KeyError):
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
         return noted if noted.alive else None
 
@@ -46,6 +49,14 @@ class Process:
         """Whether it still runs."""
         return Process.of(self.pid) == self
 
+    @property
+    def gone(self) -> bool:
+        """Whether it is known to run no more, for those who wait for that: they look again anyway."""
+        try:
+            return not self.alive
+        except OSError:
+            return False
+
     def signal(self, number: int) -> None:
         """Send it a signal, unless it is gone."""
         if self.alive:
@@ -53,7 +64,7 @@ class Process:
                 os.kill(self.pid, number)
 
     def kill_tree(self) -> None:
-        """Kill it and everything below it, the leaves first."""
+        """Kill it and everything below it, the leaves first; nothing where not all of that can be seen."""
         if not self.alive:
             return
         for pid in reversed(_tree(self.pid)):
@@ -71,9 +82,10 @@ def replace(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 
 def _stat(pid: int) -> list[str]:
+    """What the kernel says of a process, from its state on; nothing if there is none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text("ascii", "replace")
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return []
     return text.rpartition(")")[2].split()  # the name in parentheses may hold anything
 
@@ -81,8 +93,9 @@ def _stat(pid: int) -> list[str]:
 def _tree(root: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):  # noqa: PTH208 - names only
-        if entry.isdigit() and (fields := _stat(int(entry))):
-            children.setdefault(int(fields[1]), []).append(int(entry))
+        with suppress(PermissionError):  # another user's, where /proc hides those
+            if entry.isdigit() and (fields := _stat(int(entry))):
+                children.setdefault(int(fields[1]), []).append(int(entry))
     tree = [root]
     for pid in tree:  # grows as it goes
         tree += children.get(pid, ())

@@ -21,9 +21,14 @@ PAUSE: Final = 0.01
 
 PAUSE_EACH: Final = 0.0002
 
+_NOT_THERE: Final = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
 
 class JobFiles:
-    """The documents in the job directories below `directory`."""
+    """The documents in the job directories below `directory`.
+
+    OSError: it cannot be told whether a document is there, for want of file descriptors say; look again.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = str(directory)
@@ -33,7 +38,7 @@ class JobFiles:
         try:
             with open(self._path(job_id, name), "rb") as stream:  # noqa: PTH123 - often called, and text is quicker
                 data = stream.read(limit + 1)
-        except OSError:
+        except _NOT_THERE:
             return None
         return data if len(data) <= limit else None
 
@@ -52,12 +57,12 @@ class JobFiles:
     def _result(self, job_id: str) -> bytes | None:
         return self.read(job_id, "result.json", job.RESULT_BYTES)
 
-    def stamp(self, job_id: str) -> tuple[int, int]:
-        """Something that changes whenever the progress is replaced."""
+    def stamp(self, job_id: str) -> tuple[int, int] | None:
+        """Something that changes whenever the progress is replaced; None if there is none."""
         try:
             facts = os.stat(self._path(job_id, "progress.json"))  # noqa: PTH116
-        except OSError:
-            return 0, 0
+        except _NOT_THERE:
+            return None
         return facts.st_ino, facts.st_mtime_ns
 
     def _path(self, job_id: str, name: str) -> str:
@@ -65,17 +70,20 @@ class JobFiles:
 
 
 class Watch:
-    """Watches some jobs and tells when one goes on to its next phase or ends; then it is watched no more."""
+    """Watches some jobs and tells when one goes on to its next phase or ends; then it is watched no more.
+
+    Nor is one whose progress has gone, for it was removed; the first one may appear a moment after the submit.
+    """
 
     def __init__(self, files: JobFiles) -> None:
         self._files = files
-        self._stamps: dict[str, tuple[int, int]] = {}
+        self._stamps: dict[str, tuple[int, int] | None] = {}
         self._phases: dict[str, tuple[str, int]] = {}
         self._some = asyncio.Event()
 
     def add(self, job_id: str) -> None:
         """Watch this job."""
-        self._stamps.setdefault(job_id, (0, 0))
+        self._stamps.setdefault(job_id)
         self._some.set()
 
     def drop(self, job_id: str) -> None:
@@ -95,17 +103,27 @@ class Watch:
             await asyncio.sleep(PAUSE + PAUSE_EACH * len(self._stamps))
 
     async def _look(self, job_id: str) -> Observation | None:
+        try:
+            return await self._see(job_id)
+        except OSError:
+            return None  # the next round looks again
+
+    async def _see(self, job_id: str) -> Observation | None:
         stamp = self._files.stamp(job_id)
+        if stamp is None:
+            if self._stamps.get(job_id) is not None:
+                self.drop(job_id)
+            return None
         if self._stamps.get(job_id, stamp) == stamp:
             return None
-        self._stamps[job_id] = stamp
         progress = self._files.progress(job_id)
+        if progress is not None and progress.phase == "done":
+            result = await self._files.result_aside(job_id)
+            self.drop(job_id)
+            return Observation(job_id=job_id, phase=Phase.ENDED, progress=progress, result=result) if result else None
+        self._stamps[job_id] = stamp
         if progress is None or progress.phase == "waiting":
             return None
-        if progress.phase == "done":
-            self.drop(job_id)
-            result = await self._files.result_aside(job_id)
-            return Observation(job_id=job_id, phase=Phase.ENDED, progress=progress, result=result) if result else None
         phase = (progress.phase, progress.executor)
         if self._phases.get(job_id) == phase:
             return None  # only its heart beats; the polls count that

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import shutil
 import stat
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
 
 from tesp_api.api.relay import SETTLE
-from tesp_api.runner.job import EXIT_BAD_PLAN, Input
-from tesp_api.sites import Site, SiteFacts
+from tesp_api.errors import SiteUnavailable
+from tesp_api.runner.job import EXIT_BAD_PLAN, Input, Progress
+from tesp_api.sites import Site, SiteFacts, documents
 from tesp_api.sites.local import LocalSite
 from tesp_api.sites.pulsar.amqp import AmqpPost
 from tesp_api.sites.pulsar.embedded import EmbeddedPulsar, EmbeddedSite
@@ -24,12 +26,12 @@ from tesp_api.sites.pulsar.relay import RelayPost
 from tesp_api.sites.pulsar.rest import RestCarrier
 from tesp_api.sites.pulsar.site import PulsarSite
 from tesp_api.store.sqlite import SqliteStore
-from tesp_api.task import Phase
+from tesp_api.task import Observation, Phase
 from tests import standin
 from tests.pulsars import PulsarMain, PulsarServer, ended, exists, forgotten, new_plan, phase, running, until
 from tests.rabbitmq import Broker, need_rabbitmq
 from tests.relays import MANAGER, relay_app, relay_pulsar, served
-from tests.support import require
+from tests.support import no_more_descriptors, require
 
 FACTS = SiteFacts(name="here")
 
@@ -124,6 +126,7 @@ def embedded_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     with event_loop_in_a_thread() as loop:
         owner = EmbeddedPulsar(directory)
         asyncio.run_coroutine_threadsafe(owner.__aenter__(), loop).result()
+        asyncio.run_coroutine_threadsafe(owner.ready(60), loop).result()
         yield directory
         asyncio.run_coroutine_threadsafe(owner.__aexit__(None, None, None), loop).result()
 
@@ -359,6 +362,80 @@ async def test_a_running_job_is_forgotten_only_by_force(place: Place, site: Site
 
     await until(gone, "the directory gone")
     assert (await site.observe([plan.job_id]))[0].phase is Phase.UNKNOWN
+
+
+@on
+async def test_a_job_that_cannot_be_looked_at_runs_on(place: Place, site: Site) -> None:
+    """For want of file descriptors, say."""
+    if not isinstance(site, LocalSite | EmbeddedSite):
+        return  # its files are elsewhere
+    plan = new_plan("sleep", "60")
+    await site.submit(plan)
+    await running(site, plan.job_id)
+    with no_more_descriptors():
+        with suppress(SiteUnavailable):
+            (seen,) = await site.observe([plan.job_id])
+            assert seen.phase is Phase.RUNNING
+        with suppress(SiteUnavailable):
+            assert not await site.forget(plan.job_id)
+        if isinstance(site, LocalSite):
+            with pytest.raises(SiteUnavailable):
+                await site.cancel(plan.job_id, force=True)
+            with pytest.raises(SiteUnavailable):
+                await site.forget(plan.job_id, force=True)
+    await running(site, plan.job_id)
+    assert await site.forget(plan.job_id, force=True)
+
+
+@on
+async def test_how_a_job_ended_is_told_when_it_can_be_seen(place: Place, site: Site) -> None:
+    if not isinstance(site, LocalSite):
+        return
+    plan = new_plan(wishes="dies")
+    await site.submit(plan)
+    await phase(site, plan.job_id, Phase.ENDED)
+    async with place.open() as other:
+        with no_more_descriptors():
+            (seen,) = await other.observe([plan.job_id])
+            assert (seen.phase, seen.exit_code) == (Phase.RUNNING, None)
+            with pytest.raises(SiteUnavailable):
+                await other.forget(plan.job_id)
+        (seen,) = await other.observe([plan.job_id])
+        assert (seen.phase, seen.exit_code) == (Phase.ENDED, EXIT_BAD_PLAN)
+    await forgotten(site, plan.job_id)
+    assert not (place.jobs / plan.job_id).exists()
+
+
+@on
+async def test_a_forgotten_job_is_watched_no_more(place: Place, site: Site) -> None:
+    if not isinstance(site, LocalSite | EmbeddedSite):
+        return  # told of its jobs by others
+    told: list[Observation] = []
+
+    async def listen() -> None:
+        async for seen in site.updates():
+            told.append(seen)
+
+    plan, last = new_plan(wishes="silent.dies"), new_plan()
+    await site.submit(plan)
+    await phase(site, plan.job_id, Phase.ENDED)
+    await forgotten(site, plan.job_id)
+    metadata = place.jobs / plan.job_id / "metadata"
+    metadata.mkdir(parents=True)
+    (metadata / "progress.json").write_bytes(documents.dump(Progress(job_id=plan.job_id, phase="running", beat=1)))
+    await site.submit(last)
+    listening = asyncio.create_task(listen())
+
+    async def heard() -> bool:
+        return any(seen.job_id == last.job_id for seen in told)
+
+    await until(heard, "what the other job does")
+    assert plan.job_id not in {seen.job_id for seen in told}
+    listening.cancel()
+    await asyncio.gather(listening, return_exceptions=True)
+    shutil.rmtree(metadata.parent)
+    await ended(site, last.job_id)
+    await forgotten(site, last.job_id)
 
 
 @on

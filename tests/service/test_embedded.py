@@ -19,7 +19,7 @@ from tesp_api.sites.processes import Process
 from tesp_api.sites.pulsar.embedded import EmbeddedPulsar, EmbeddedSite
 from tests import standin
 from tests.pulsars import ended, exists, forgotten, new_plan, running, until
-from tests.support import require
+from tests.support import no_more_descriptors, require
 
 pytestmark = pytest.mark.service
 
@@ -145,6 +145,28 @@ def test_it_is_started_again_when_it_dies_and_jobs_live_on(tmp_path: Path) -> No
             assert await run_one(site) == "hello\n"
             release.touch()
             await ended(site, plan.job_id)
+
+    asyncio.run(main())
+
+
+def test_a_moment_without_file_descriptors_is_no_death(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with embedded(tmp_path) as site:
+            await run_one(site)
+            first = Process.of(noted(tmp_path))
+            assert first is not None
+            with no_more_descriptors():
+                await asyncio.sleep(0.5)  # it is looked at several times
+            await site.pulsar.ready(0)
+            assert site.pulsar.pid == first.pid
+            assert await run_one(site) == "hello\n"
+            os.killpg(first.pid, signal.SIGKILL)
+
+            async def anew() -> bool:
+                return site.pulsar.pid not in (None, first.pid)
+
+            await until(anew, "a new server")  # it is still watched over
+            assert await run_one(site) == "hello\n"
 
     asyncio.run(main())
 

@@ -122,7 +122,10 @@ class EmbeddedPulsar:
         if self._health is not None:
             await self._health.__aexit__(None, None, None)
         if self._server is not None:
-            await self._stop(self._server)
+            try:
+                await self._stop(self._server)
+            except OSError as error:
+                log.warning("The embedded Pulsar stays for the next start, as it could not be stopped: %s", error)
         if self._owner is not None:
             os.close(self._owner)
             self._owner = None
@@ -207,7 +210,7 @@ class EmbeddedPulsar:
             os.close(lock)
         assert self._server is not None, "a Pulsar was started"
         started = time.monotonic()
-        while self._server.alive and not await self._is_well():
+        while not self._server.gone and not await self._is_well():
             if time.monotonic() - started > BOOT:
                 await self._stop(self._server)
                 raise SiteUnavailable(f"it did not answer within {BOOT:.0f} s")
@@ -226,7 +229,7 @@ class EmbeddedPulsar:
             if left is not None and await self._is_well():
                 log.info("Adopted the embedded Pulsar that was left over (process %s).", left.pid)
                 left.note(self.directory / "pulsar.pid")
-                self._server, self._child = left, None
+                self._server = left  # our own child, too, if it could not be noted at its start
                 return True
             await asyncio.sleep(0.1)
         if left is not None:
@@ -288,13 +291,14 @@ class EmbeddedPulsar:
         """Wait for the death of the server; how long it lived."""
         server, started, looked = self._server, time.monotonic(), time.monotonic()
         assert server is not None, "there is a server to watch"
-        if server.alive:
+        if not server.gone:
             self._answers.set()
-        while server.alive:
+        while not server.gone:
             await asyncio.sleep(0.1)
             if self._root != self.directory and time.monotonic() - looked > 5:
                 looked = time.monotonic()
-                _alias(self.directory)  # what cleans /tmp may have taken it
+                with suppress(OSError):  # then the next time
+                    _alias(self.directory)  # what cleans /tmp may have taken it
         self._answers.clear()
         await self._reap(server)
         lived = time.monotonic() - started
@@ -314,7 +318,7 @@ class EmbeddedPulsar:
         server.signal(signal.SIGTERM)
         if not await self._left(server, self._stop_within):
             with suppress(ProcessLookupError):
-                if os.getpgid(server.pid) == server.pid:
+                if server.alive and os.getpgid(server.pid) == server.pid:
                     os.killpg(server.pid, signal.SIGKILL)
             server.signal(signal.SIGKILL)
             await self._left(server, self._stop_within)
@@ -324,17 +328,19 @@ class EmbeddedPulsar:
     async def _left(self, server: Process, within: float) -> bool:
         deadline = time.monotonic() + within
         while time.monotonic() < deadline:
-            if not server.alive:
+            if server.gone:
                 await self._reap(server)
                 return True
             await asyncio.sleep(0.02)
         return False
 
     async def _reap(self, server: Process) -> None:
-        """Take the exit code of a dead child of ours. Its last threads may take a moment longer than it."""
+        """Take the exit code of a dead child of ours. Its last threads may take a moment longer than it; what takes
+        longer than that keeps nobody from going on, and is reaped by the start of the next one."""
         child = self._child
         if child is not None and child.pid == server.pid:
-            await asyncio.to_thread(child.wait)
+            with suppress(subprocess.TimeoutExpired):
+                await asyncio.to_thread(child.wait, self._stop_within)
 
 
 class EmbeddedSite(PulsarSite):
@@ -369,6 +375,13 @@ class EmbeddedSite(PulsarSite):
         async for seen in self._watch.moves():
             yield seen
 
+    async def forget(self, job_id: str, *, force: bool = False) -> bool:
+        """See Site."""
+        is_gone = await super().forget(job_id, force=force)
+        if is_gone:
+            self._watch.drop(job_id)
+        return is_gone
+
 
 class _EmbeddedCarrier(RestCarrier):
     """REST to the embedded Pulsar, whose socket and token are known only once it is entered."""
@@ -380,7 +393,10 @@ class _EmbeddedCarrier(RestCarrier):
 
     async def fetch(self, job_id: str, name: str, limit: int) -> bytes | None:
         """See Carrier. Pulsar need not be asked for a file that lies beside us."""
-        return self._files.read(check_id(job_id), name, limit)
+        try:
+            return self._files.read(check_id(job_id), name, limit)
+        except OSError as error:
+            raise SiteUnavailable(f"The job's {name} cannot be read: {error.strerror}") from error
 
     async def __aenter__(self) -> Self:
         await self._pulsar.__aenter__()
