@@ -29,6 +29,7 @@ from tesp_api.api.openapi import add_docs, openapi
 from tesp_api.api.origins import ForeignPages
 from tesp_api.api.repeats import Creates
 from tesp_api.api.routes import Methods
+from tesp_api.descriptors import raise_limit
 from tesp_api.dispatch import loop
 from tesp_api.dispatch.dispatcher import Dispatcher
 from tesp_api.dispatch.health import Health
@@ -281,11 +282,13 @@ def _store(settings: Settings) -> SqliteStore | MongoStore:
 
 
 def settle() -> None:
-    """Set up this process's garbage collector to serve: call it once, when the application is there.
+    """Set up this process to serve: call it once, when the application is there.
 
-    What there is by then stays, and need not be looked through again and again. And one request makes so many objects,
-    all of which go without its help, that it would run at every other one.
+    It gets all the file descriptors that it may have. As to the garbage collector: what there is by then stays, and
+    need not be looked through again and again. And one request makes so many objects, all of which go without its
+    help, that it would run at every other one.
     """
+    raise_limit()
     gc.collect()
     gc.freeze()
     gc.set_threshold(5_000, 20, 20)

@@ -67,9 +67,12 @@ def _share_port(
 
 
 def _options(settings: Settings) -> dict[str, Any]:
+    from tesp_api.descriptors import BoundedProtocol
+
     return {
         "log_config": None,
         "access_log": settings.logging.level == "DEBUG",
+        "http": BoundedProtocol,
         "timeout_graceful_shutdown": 10,
     }
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import resource
+import select
 import socket
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tesp_api.cli import app, client
+from tests.running import Service, until
+from tests.support import descriptors
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,6 +85,37 @@ def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:
 
 
 # run
+
+
+def test_connections_leave_file_descriptors_for_the_service_itself(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        service = Service(tmp_path, TESP_SERVER__ROLES='["api"]')
+        with descriptors(250):
+            service.start()
+        stack.callback(service.stop)
+        own = len(os.listdir(f"/proc/{service.pid}/fd"))  # noqa: PTH208
+        soft, hard = resource.prlimit(service.pid, resource.RLIMIT_NOFILE)
+        assert soft == hard
+        most = 4 * own + 100
+        resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (most, hard))
+        address = service.http.base_url
+        poll, sockets = select.poll(), {}
+        for _ in range(most + 20):
+            connection = stack.enter_context(socket.create_connection((address.host, address.port or 80)))
+            sockets[connection.fileno()] = connection
+            poll.register(connection, select.POLLIN)
+        until(lambda: len(poll.poll(0)) >= most // 4, what="the end of a quarter of the connections")
+        assert len(os.listdir(f"/proc/{service.pid}/fd")) < most  # noqa: PTH208
+        assert "connections are open; new ones are closed" in service.log.read_text()
+        for connection in sockets.values():
+            connection.close()
+
+        def answers() -> bool:
+            with suppress(httpx.TransportError):
+                return httpx.get(address.join("/healthz")).is_success
+            return False
+
+        until(answers, what="an answer")
 
 
 def test_a_task_file_that_is_not_there(tmp_path: Path) -> None:
