@@ -16,15 +16,22 @@ TELL_EVERY: Final = 60.0
 """Seconds from one complaint about too many connections to the next."""
 
 
+ENOUGH: Final = 65_536
+"""More are never asked for: there are programs, jobs perhaps, that close all that they might have one by one."""
+
+
 def raise_limit() -> None:
-    """Let this process, and those that it starts from now on, have as many as the system grants it."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    """Let this process, and those that it starts from now on, have enough, or as many as the system grants it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = ENOUGH if hard == resource.RLIM_INFINITY else min(ENOUGH, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def most_connections() -> int:
     """How many may serve connections; the rest are for the store, the job directories and whatever else is opened."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (ENOUGH if soft == resource.RLIM_INFINITY else soft) * 3 // 4
 
 
 class BoundedProtocol(HttpToolsProtocol):

@@ -226,8 +226,8 @@ def open_up(name: str, folder: Optional[int] = None) -> None:
         os.chmod(held, 0o700)  # fchmod needs more than a path, and what is closed opens as no more
         for inner in [each.name for each in os.scandir(held) if each.is_dir(follow_symlinks=False)]:
             open_up(inner, fd)
-    except OSError:
-        pass  # another user's
+    except (OSError, RecursionError):
+        pass  # another user's, or deeper than anybody needs
     finally:
         os.close(fd)
 
