@@ -114,7 +114,7 @@ class Change:
 class Policy:
     """Durations in seconds, and counts, that the decisions depend on.
 
-    `lease`: how long a process keeps what it took. `patience`: how long a job or its site may be silent.
+    `lease`: how long a process keeps what it took. `patience`: how long a job or its site may be silent while we look.
     `first_look`, `poll_interval`: the shortest and the longest pause between two looks. `cancel_grace`: how long a
     job has to stop by itself, and how long an ended job may take to leave its result. `max_attempts`: tries of a task
     altogether. `backoff`: the pause before the second one, doubled for each later one.
@@ -207,7 +207,7 @@ def confirmed(task: Task, number: int, now: float, policy: Policy) -> Change | N
     attempt = task.attempt
     if attempt is None or attempt.number != number or attempt.submitted is not None or task.state not in ACTIVE:
         return None
-    attempt = replace(attempt, submitted=now, heard=now, looks=0)
+    attempt = replace(attempt, submitted=now, heard=now, silence=0.0, vain=None, looks=0)
     return _change(task, due_at=now + policy.first_look, attempt=attempt)
 
 
@@ -274,12 +274,32 @@ def refused(task: Task, number: int, now: float, reason: str) -> Change | None:
 
 def silent(task: Task, now: float, reason: str, policy: Policy) -> Change:
     """The site gave no usable answer about an active task: try later; when patience is over, the attempt has failed."""
-    attempt = task.attempt
-    assert attempt is not None, "an active task has an attempt"
-    quiet = now - (attempt.heard or attempt.assigned)
-    if quiet > policy.patience:
-        return _failed(task, attempt, now, f"The site {attempt.site!r} was silent for {quiet:.0f} s: {reason}", policy)
+    assert task.attempt is not None, "an active task has an attempt"
+    attempt = _in_vain(task.attempt, now, policy)
+    quiet = f"The site {attempt.site!r} was silent for {attempt.silence:.0f} s: {reason}"
+    if (change := _given_up(task, attempt, now, quiet, policy)) is not None:
+        return change
+    task = replace(task, attempts=(*task.attempts[:-1], attempt))
     return wait(task, now, reason, pause=min(0.2 * 2 ** min(attempt.looks, 10), policy.poll_interval))
+
+
+def _in_vain(attempt: Attempt, now: float, policy: Policy) -> Attempt:
+    """After one more look without a sign of life.
+
+    Between two looks may lie more than their pause, as we, the store or the clock were away: that is no silence.
+    """
+    passed = now - attempt.vain if attempt.vain is not None else 0.0
+    longest = max(policy.patience / 3, policy.poll_interval)
+    return replace(attempt, vain=now, silence=attempt.silence + min(max(passed, 0.0), longest))
+
+
+def _given_up(task: Task, attempt: Attempt, now: float, reason: str, policy: Policy) -> Change | None:
+    """Once patience is over: the attempt has failed for `reason`, or its cancel, as CANCELED would claim too much."""
+    if attempt.silence <= policy.patience:
+        return None
+    if attempt.cancel_sent is not None:
+        return give_up(task, now, f"The site {attempt.site!r} has not confirmed the cancel.", attempt=attempt)
+    return _failed(task, attempt, now, reason, policy)
 
 
 def unreachable(task: Task, now: float, reason: str, policy: Policy) -> Change | None:
@@ -300,7 +320,7 @@ def observed(task: Task, seen: Observation, now: float, policy: Policy) -> Chang
         return None
     if seen.result is not None:
         return _ended(task, seen.result, now, policy)
-    attempt = _heard(attempt, seen, now)
+    attempt = _heard(attempt, seen, now, policy)
     if seen.exit_code != job.EXIT_DUPLICATE:  # a second start that stood back says nothing of the first
         if seen.exit_code in NO_PYTHON:
             reason = NO_PYTHON[seen.exit_code]
@@ -313,10 +333,8 @@ def observed(task: Task, seen: Observation, now: float, policy: Policy) -> Chang
             return _over(task, attempt, now, reason) if _is_last(task, policy) else _again(task, attempt, now, reason)
         if seen.phase in (Phase.ENDED, Phase.UNKNOWN):
             return _gone(task, attempt, seen, now, policy)
-    quiet = now - (attempt.heard or attempt.assigned)
-    if quiet > policy.patience:
-        return _failed(task, attempt, now, f"The job showed no sign of life for {quiet:.0f} s.", policy)
-    return _going_on(task, attempt, seen, now, policy)
+    quiet = f"The job showed no sign of life for {now - (attempt.heard or attempt.assigned):.0f} s."
+    return _given_up(task, attempt, now, quiet, policy) or _going_on(task, attempt, seen, now, policy)
 
 
 def reported(task: Task, seen: Observation, now: float, policy: Policy) -> Change | None:
@@ -331,16 +349,19 @@ def reported(task: Task, seen: Observation, now: float, policy: Policy) -> Chang
     return None
 
 
-def _heard(attempt: Attempt, seen: Observation, now: float) -> Attempt:
+def _heard(attempt: Attempt, seen: Observation, now: float, policy: Policy) -> Attempt:
     attempt = replace(attempt, reported=now) if seen.reported else attempt
     attempt = replace(attempt, looks=attempt.looks + 1, submitted=attempt.submitted or _known_since(seen, now))
     beat = seen.progress.beat if seen.progress else -1
-    if beat > attempt.beat:
-        return replace(attempt, beat=beat, heard=now, ended=None)
-    if seen.phase is Phase.WAITING:  # a queue may be long, and a waiting job has no pulse
-        return replace(attempt, heard=now, ended=None)
-    # `lost` can be taken back: what runs has not ended, and when it does, its result has the whole grace to appear.
-    return replace(attempt, ended=None) if seen.phase is Phase.RUNNING else attempt
+    lives = beat > attempt.beat or seen.phase is Phase.WAITING  # a queue may be long, and a waiting job has no pulse
+    if lives or seen.phase is Phase.RUNNING:
+        # `lost` can be taken back: what runs has not ended, and when it does, its result has the whole grace to appear.
+        attempt = replace(attempt, ended=None)
+    if lives:
+        attempt = replace(attempt, beat=max(beat, attempt.beat), heard=now)
+    if lives and attempt.cancel_sent is None:  # of what is to stop, life is not what we look for
+        return replace(attempt, silence=0.0, vain=None)
+    return _in_vain(attempt, now, policy)
 
 
 def _known_since(seen: Observation, now: float) -> float | None:
@@ -534,8 +555,9 @@ def asked_to_stop(task: Task, now: float) -> Change | None:
     attempt = task.attempt
     if task.state is not TesState.CANCELING or attempt is None:
         return None
-    sent = attempt.cancel_sent if attempt.cancels else None  # one that did not arrive has asked for nothing
-    attempt = replace(attempt, cancels=attempt.cancels + 1, cancel_sent=now if sent is None else sent)
+    if not attempt.cancels:  # one that did not arrive has asked for nothing
+        attempt = replace(attempt, cancel_sent=now, silence=0.0, vain=now)
+    attempt = replace(attempt, cancels=attempt.cancels + 1)
     return _change(task, due_at=next_look(attempt, now, Policy(), canceling=True), attempt=attempt)
 
 
@@ -560,16 +582,6 @@ def must_stop(task: Task, now: float, policy: Policy) -> bool | None:
     if now - attempt.cancel_sent > policy.cancel_grace * max(1, attempt.cancels):
         return True
     return None if attempt.cancels else False
-
-
-def never_stopped(task: Task, now: float, policy: Policy) -> Change | None:
-    """Give up a cancel that the site has not confirmed within our patience; CANCELED would claim too much."""
-    attempt = task.attempt
-    if task.state is not TesState.CANCELING or attempt is None or attempt.cancel_sent is None:
-        return None
-    if now - attempt.cancel_sent < policy.patience:
-        return None
-    return give_up(task, now, f"The site {attempt.site!r} has not confirmed the cancel.")
 
 
 # After the end

@@ -74,6 +74,8 @@ class Attempt:
 
     `submitted` is None until the site has confirmed the job; a job whose submit may be lost is submitted again under
     the same `job_id`. `heard` is when the job last showed that it is alive, `beat` the count that it showed then.
+    `silence` is for how many seconds we have looked in vain for that since (or, once it is asked to stop, for its end),
+    `vain` when we last did; time in which nobody looked is not in it.
     `looks` counts the looks at it since its last step. `cancels` counts our requests to stop that arrived, the first
     at `cancel_sent`; as long as none did, that is when we first tried. `ended` is when we saw it over, or gave it up;
     `abandoned` says the latter: something of it may still run. `forgotten`: nothing of it is left at the site.
@@ -91,6 +93,8 @@ class Attempt:
     submitted: float | None = None
     heard: float | None = None
     beat: int = -1
+    silence: float = 0.0
+    vain: float | None = None
     looks: int = 0
     cancel_sent: float | None = None
     cancels: int = 0

@@ -239,12 +239,7 @@ class Poller:
         elif attempt is not None and lifecycle.has_begun(seen):
             self._health.began(attempt.site)
         now = self._clock()
-        await record(
-            self._store,
-            task,
-            lambda task: lifecycle.never_stopped(task, now, policy) or lifecycle.observed(task, seen, now, policy),
-            aside=seen.long,
-        )
+        await record(self._store, task, lambda task: lifecycle.observed(task, seen, now, policy), aside=seen.long)
 
     async def note(self, site: str, seen: Observation) -> None:
         """Take an observation that a site has pushed; one that is of no use is dropped, since polling finds it too.
@@ -303,4 +298,4 @@ class Poller:
 def _silent(task: Task, now: float, reason: str, policy: Policy) -> lifecycle.Change | None:
     if task.state not in ACTIVE or task.attempt is None:
         return None
-    return lifecycle.never_stopped(task, now, policy) or lifecycle.silent(task, now, reason, policy)
+    return lifecycle.silent(task, now, reason, policy)

@@ -604,6 +604,40 @@ async def test_a_job_that_cannot_be_asked_to_stop_is_killed(world: World) -> Non
     assert job.killed
 
 
+@on()
+async def test_a_job_that_stopped_as_asked_while_the_service_was_down_is_canceled(world: World) -> None:
+    (task,) = await world.add()
+    await world.step()
+    world.site.job().run()
+    await world.step()
+    await world.cancel(task)
+    await world.step()
+    assert last_attempt(await world.get(task)).cancels == 1
+    world.site.job().end("CANCELED")
+    world.now += 3600
+    world.restart()
+    await world.step()
+    assert await world.state(task) is S.CANCELED
+
+
+@on()
+async def test_after_an_outage_the_site_is_asked_once_more_to_stop_the_job(world: World) -> None:
+    (task,) = await world.add()
+    await world.step()
+    job = world.site.job()
+    job.run()
+    await world.step()
+    await world.cancel(task)
+    await world.step()
+    world.now += 3600
+    world.restart()
+    world.site.trouble = lambda call, job_id: SiteUnavailable("It starts.") if call == "observe" else None
+    await world.step()
+    assert job.killed
+    world.site.trouble = lambda call, job_id: None
+    assert (await world.until_final(task, step=1)).state is S.CANCELED
+
+
 # Somebody looks
 
 
@@ -697,6 +731,31 @@ async def test_observing_fails_for_a_while(world: World) -> None:
     world.site.trouble = lambda call, job_id: None
     world.site.job().end()
     assert (await world.until_final(task)).state is S.COMPLETE
+
+
+@pytest.mark.parametrize("trouble", [True, False], ids=["a look that fails", "a look without a beat"])
+def test_an_outage_of_the_service_ends_no_job(trouble: bool) -> None:
+    @on()
+    async def main(world: World) -> None:
+        (task,) = await world.add()
+        await world.step()
+        world.site.job().run()
+        await world.step()
+        world.now += 3600
+        world.restart()
+        if trouble:
+            world.site.trouble = down
+        await world.step(5)
+        assert await world.state(task) is S.RUNNING
+        world.site.trouble = lambda call, job_id: None
+        world.site.job().beat += 1000
+        await world.step(5)
+        assert (last_attempt(await world.get(task)).heard or 0) > NOW + 3600
+        world.site.job().end()
+        assert (await world.until_final(task)).state is S.COMPLETE
+        assert sum(world.site.submits.values()) == 1
+
+    main()
 
 
 @on()

@@ -48,6 +48,8 @@ ATTEMPTS = st.builds(
     submitted=MAYBE,
     heard=MAYBE,
     beat=st.integers(-1, 2**70),
+    silence=MOMENT,
+    vain=MAYBE,
     looks=WHOLE,
     cancel_sent=MAYBE,
     cancels=WHOLE,
@@ -71,14 +73,14 @@ def test_the_strategy_covers_every_field() -> None:
     """A new field must be in the round trip above."""
     assert {each.name for each in fields(Attempt)} == {
         *("number", "job_id", "site", "assigned", "submitted", "heard", "beat", "looks", "cancel_sent", "cancels"),
-        *("ended", "abandoned", "forgotten", "withdrawn", "tokens", "reported", "watched", "log"),
+        *("ended", "abandoned", "forgotten", "withdrawn", "tokens", "reported", "watched", "log", "silence", "vain"),
     }
 
 
 def test_records_of_other_releases_are_read() -> None:
     """Keys that are not known are left out, keys that are missing have their default."""
     (document,) = json.loads(codec.attempts_to_json((make_attempt("t"),)))
-    for name in ("cancels", "beat", "abandoned", "forgotten", "tokens", "reported"):
+    for name in ("cancels", "beat", "silence", "vain", "abandoned", "forgotten", "tokens", "reported"):
         del document[name]
     document["of_a_newer_release"] = {"x": 1}
     document["log"]["new"] = 1

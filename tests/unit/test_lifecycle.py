@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -112,7 +113,6 @@ def test_nothing_moves_a_final_task(state: S) -> None:
         lifecycle.observed(task, seen(task, Phase.UNKNOWN), NOW + 1e6, POLICY),
         lifecycle.cancel(task, NOW),
         lifecycle.asked_to_stop(task, NOW),
-        lifecycle.never_stopped(task, NOW + 1e6, POLICY),
     ):
         assert change is None
     assert lifecycle.must_stop(task, NOW, POLICY) is None
@@ -315,6 +315,7 @@ def test_a_duplicate_start_says_nothing_but_does_not_wait_for_ever() -> None:
     observation = seen(task, Phase.ENDED, exit_code=job.EXIT_DUPLICATE)
     task = applied(task, lifecycle.observed(task, observation, NOW + 1, POLICY))
     assert task.state is S.INITIALIZING
+    task = in_vain(task)
     assert applied(task, lifecycle.observed(task, observation, NOW + 302, POLICY)).state is S.QUEUED
     assert applied(task, lifecycle.observed(task, observation, NOW + 302, ONCE)).state is S.SYSTEM_ERROR
 
@@ -423,12 +424,17 @@ def test_the_clock_goes_back() -> None:
 # Another attempt
 
 
+def in_vain(task: Task) -> Task:
+    """The task after looks in vain for 300 s."""
+    return replace(task, attempts=(*task.attempts[:-1], replace(last(task), silence=300, vain=NOW + 300)))
+
+
 def silence(task: Task, policy: Policy) -> Change | None:
-    return lifecycle.silent(task, NOW + 301, "connection refused", policy)
+    return lifecycle.silent(in_vain(task), NOW + 301, "connection refused", policy)
 
 
 def no_sign_of_life(task: Task, policy: Policy) -> Change | None:
-    return lifecycle.observed(task, seen(task), NOW + 301, policy)
+    return lifecycle.observed(in_vain(task), seen(task), NOW + 301, policy)
 
 
 def no_result(task: Task, policy: Policy) -> Change | None:
@@ -561,6 +567,16 @@ def test_waiting_for_room_is_no_look_at_the_attempt_before() -> None:
 
 # Silence
 
+Look = Callable[[Task, float, Policy], Change | None]
+
+
+def silence_at(task: Task, now: float, policy: Policy) -> Change | None:
+    return lifecycle.silent(task, now, "connection refused", policy)
+
+
+def no_sign_at(task: Task, now: float, policy: Policy) -> Change | None:
+    return lifecycle.observed(task, seen(task, beat=4), now, policy)
+
 
 def test_silence_is_noted_once_and_ends_with_patience() -> None:
     task = task_in(S.RUNNING)
@@ -583,14 +599,46 @@ def test_no_sign_of_life_ends_with_patience() -> None:
     task = task_in(S.RUNNING, beat=4)
     alive = applied(task, lifecycle.observed(task, seen(task, beat=5), NOW + 299, POLICY))
     assert last(alive).heard == NOW + 299
-    still = applied(alive, lifecycle.observed(alive, seen(alive, beat=5), NOW + 598, POLICY))
-    assert still.state is S.RUNNING
-    gone = applied(still, lifecycle.observed(still, seen(still, beat=5), NOW + 600, ONCE))
-    assert gone.state is S.SYSTEM_ERROR
+    still, now = alive, NOW + 299
+    while still.state is S.RUNNING:
+        now += 5
+        change = lifecycle.observed(still, seen(still, beat=5), now, ONCE)
+        still = applied(still, change)
+    assert 300 < now - NOW - 299 <= 310
+    assert still.state is S.SYSTEM_ERROR
+    assert change is not None
+    assert change.system == (f"The job showed no sign of life for {now - NOW - 299:.0f} s.",)
     waiting = task_in(S.INITIALIZING)
     assert applied(waiting, lifecycle.observed(waiting, seen(waiting, Phase.WAITING), NOW + 1e6, POLICY)).state is (
         S.INITIALIZING
     ), "a queue may be long"
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["nobody looked", "one look in vain, then nobody looked"])
+@pytest.mark.parametrize("look", [silence_at, no_sign_at])
+def test_time_in_which_nobody_looked_is_no_silence(look: Look, at_once: bool) -> None:
+    """The service was down, its machine slept or its clock was set: the first look in vain says little."""
+    task, now = task_in(S.RUNNING, beat=4), NOW + 5
+    if not at_once:
+        task = applied(task, look(task, now, ONCE))
+    now += 3600
+    task = applied(task, look(task, now, ONCE))
+    assert task.state is S.RUNNING
+    alive = applied(task, lifecycle.observed(task, seen(task, beat=5), now + 1, ONCE))
+    assert (last(alive).silence, last(alive).vain, last(alive).heard) == (0, None, now + 1)
+    back = now
+    while task.state is S.RUNNING:
+        now += 5
+        task = applied(task, look(task, now, ONCE))
+    assert 200 <= now - back <= 310, "one that is dead is given up all the same"
+
+
+def test_looks_that_are_far_apart_end_it_too() -> None:
+    task, looks = task_in(S.RUNNING), 0
+    while task.state is S.RUNNING:
+        looks += 1
+        task = applied(task, silence_at(task, NOW + 1000 * looks, ONCE))
+    assert looks == 5
 
 
 def test_looks_are_quick_at_first_and_slow_later() -> None:
@@ -684,21 +732,45 @@ def test_cancel() -> None:
         assert lifecycle.cancel(task, NOW) is None
 
 
+def given_up(task: Task, now: float, **at: Any) -> tuple[float, Change]:
+    """Look every five seconds at what does not stop until that is given up; when that is, and with which words."""
+    while True:
+        now += 5
+        change = lifecycle.observed(task, seen(task, **at), now, POLICY)
+        assert change is not None
+        if change.state is not None:
+            return now, change
+        task = applied(task, change)
+
+
 def test_a_cancel_is_gentle_then_firm_then_given_up() -> None:
     task = task_in(S.CANCELING, heard=NOW)
     assert lifecycle.must_stop(task, NOW, POLICY) is False
-    assert lifecycle.never_stopped(task, NOW + 1e6, POLICY) is None, "not asked yet"
     task = applied(task, lifecycle.asked_to_stop(task, NOW))
     assert lifecycle.must_stop(task, NOW + 9, POLICY) is None
     assert lifecycle.must_stop(task, NOW + 10.1, POLICY) is True
     task = applied(task, lifecycle.asked_to_stop(task, NOW + 10.1))
     assert lifecycle.must_stop(task, NOW + 11, POLICY) is None
     assert lifecycle.must_stop(task, NOW + 20.1, POLICY) is True
-    assert lifecycle.never_stopped(task, NOW + 299, POLICY) is None
-    change = lifecycle.never_stopped(task, NOW + 301, POLICY)
-    assert change is not None
-    assert change.state is S.SYSTEM_ERROR
-    assert "not confirmed the cancel" in change.system[0]
+    for phase in (Phase.RUNNING, Phase.WAITING):
+        now, change = given_up(task, NOW + 10.1, phase=phase)
+        assert 300 < now - NOW <= 310, "that it lives on is no comfort"
+        assert change.state is S.SYSTEM_ERROR
+        assert "not confirmed the cancel" in change.system[0]
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_a_job_that_stopped_while_nobody_looked_is_canceled(arrived: bool) -> None:
+    task = task_in(S.CANCELING)
+    task = applied(task, (lifecycle.asked_to_stop if arrived else lifecycle.could_not_stop)(task, NOW))
+    task = applied(task, lifecycle.observed(task, seen(task), NOW + 1, POLICY))
+    later = NOW + 3600
+    assert applied(task, lifecycle.observed(task, result(task, "CANCELED"), later, POLICY)).state is S.CANCELED
+    assert applied(task, lifecycle.observed(task, seen(task), later, POLICY)).state is S.CANCELING, "asked once more"
+    assert applied(task, lifecycle.silent(task, later, "no answer", POLICY)).state is S.CANCELING
+    for phase in (Phase.ENDED, Phase.UNKNOWN):
+        over = applied(in_vain(task), lifecycle.observed(in_vain(task), seen(task, phase), later, POLICY))
+        assert applied(over, lifecycle.observed(over, seen(over, phase), later + 11, POLICY)).state is S.CANCELED
 
 
 def test_a_gentle_request_that_does_not_arrive_is_followed_by_a_kill() -> None:
@@ -710,9 +782,8 @@ def test_a_gentle_request_that_does_not_arrive_is_followed_by_a_kill() -> None:
     arrived = applied(task, lifecycle.asked_to_stop(task, NOW + 9))
     assert lifecycle.must_stop(arrived, NOW + 18, POLICY) is None, "the grace begins when the job has heard of it"
     assert lifecycle.must_stop(arrived, NOW + 19.1, POLICY) is True
-    assert lifecycle.never_stopped(task, NOW + 299, POLICY) is None
-    change = lifecycle.never_stopped(task, NOW + 301, POLICY)
-    assert change is not None
+    now, change = given_up(task, NOW)
+    assert 300 < now - NOW <= 310
     assert "not confirmed the cancel" in change.system[0]
     assert lifecycle.could_not_stop(task_in(S.RUNNING), NOW) is None
 
@@ -836,7 +907,6 @@ class AnyLife(RuleBasedStateMachine):
     def ask_to_stop(self) -> None:
         if lifecycle.must_stop(self.task, self.now, POLICY) is not None:
             self.take(lifecycle.asked_to_stop(self.task, self.now))
-        self.take(lifecycle.never_stopped(self.task, self.now, POLICY))
 
     @rule()
     def somebody_looks(self) -> None:
