@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -31,6 +32,13 @@ EARLIER_EVERY = 12
 
 MOST_LOOKS = 200.0
 """Looks per second at one site, above which each job is looked at less often: a look costs us and the site time."""
+
+ALONE = 4.0
+"""For how many times as long as a look at its site takes a job is left alone before the next, if it is not young."""
+
+STUCK = 10.0
+"""For how many times our patience a look may be under way. At a slow site it can be long before its turn comes, and to
+break it off loses that; so this is only against one that hangs for ever."""
 
 COUNT_EVERY = 5.0
 """Seconds after which the jobs of the sites are counted again."""
@@ -62,6 +70,9 @@ class Poller:
         self._at_work: set[asyncio.Task[None]] = set()
         self._cleaning: set[tuple[str, bool]] = set()  # tasks that are cleaned up after, and whether they were over
         self._stopping: dict[str, asyncio.Task[None]] = {}  # cancels under way, by job id
+        self._asking: set[str] = set()  # jobs of which an answer is awaited
+        self._answered: dict[str, float] = defaultdict(lambda: -math.inf)  # when a site last answered a look
+        self._took: dict[str, float] = defaultdict(float)  # seconds of a look at a site, the latest ones counting most
         self._calm = dict(policies)
         self._counted: float | None = None
 
@@ -86,11 +97,12 @@ class Poller:
         return len(tasks)
 
     async def _count(self, now: float) -> None:
-        """With many jobs at a site, make the longest pause between two looks at one of them longer."""
+        """With many jobs at a site, or a slow one, make the longest pause between two looks at a job longer."""
         loads = await self._store.loads()
         for name, policy in self._policies.items():
             jobs = loads[name].jobs if name in loads else 0
-            pause = max(policy.poll_interval, min(jobs / MOST_LOOKS, policy.patience / 3))
+            enough = max(jobs / MOST_LOOKS, ALONE * self._took[name])
+            pause = max(policy.poll_interval, min(enough, policy.patience / 3))
             self._calm[name] = replace(policy, poll_interval=pause)
         self._counted = now
 
@@ -139,36 +151,78 @@ class Poller:
         await self._observe(site, tasks, policy)
 
     async def _observe(self, site: Site, tasks: list[Task], policy: Policy) -> None:
-        by_job = {task.attempt.job_id: task for task in tasks if task.attempt is not None}
+        """Ask about each job by itself and note each answer as it comes, so that a slow one keeps no other waiting.
+
+        As long as the site answers any, the others only take long, and a look under way is not begun once more.
+        """
+        jobs = {task.attempt.job_id: task for task in tasks if task.attempt is not None}
+        jobs = {job_id: task for job_id, task in jobs.items() if job_id not in self._asking}
+        self._freshen(site, jobs)
+        name, began = site.facts.name, time.monotonic()
+        failed: dict[str, Exception] = {}
+        looks = {
+            job_id: self._start(self._ask(site, task, job_id, policy, failed), f"look at {job_id}")
+            for job_id, task in jobs.items()
+        }
+        silent = await self._while_it_answers(name, looks, within=0.7 * policy.lease)
+        failed.update((job_id, TimeoutError()) for job_id in silent)
+        answers = not silent and self._answered[name] >= began
+        if failed and not answers:
+            self._tell(name, next(iter(failed.values())))
+        missed = (self._miss(jobs[job_id], error, policy, answers=answers) for job_id, error in failed.items())
+        await asyncio.gather(*missed)
+
+    async def _while_it_answers(
+        self, name: str, looks: Mapping[str, asyncio.Task[None]], *, within: float
+    ) -> Sequence[str]:
+        """Wait for answers until the site has given none at all `within` so many seconds; the jobs that are left then,
+        whose looks are ended."""
+        asked = list(looks)
+        while asked:
+            await asyncio.wait([looks[job_id] for job_id in asked], timeout=within)
+            asked = [job_id for job_id in asked if job_id in self._asking and not looks[job_id].done()]
+            if asked and self._answered[name] < time.monotonic() - within:
+                await loop.end(looks[job_id] for job_id in asked)
+                break
+        return asked
+
+    def _freshen(self, site: Site, jobs: Mapping[str, Task]) -> None:
         now = self._clock()
-        watched = [
-            job_id for job_id, task in by_job.items() if task.attempt and lifecycle.is_watched(task.attempt, now)
-        ]
+        watched = [job_id for job_id, task in jobs.items() if task.attempt and lifecycle.is_watched(task.attempt, now)]
         if watched:
             site.freshen(watched)
+
+    async def _ask(
+        self, site: Site, task: Task, job_id: str, policy: Policy, failed: MutableMapping[str, Exception]
+    ) -> None:
+        """Look at one job and note what is seen, or put into `failed` why nothing could be."""
+        name, began = site.facts.name, time.monotonic()
+        self._asking.add(job_id)
         try:
-            async with asyncio.timeout(0.7 * policy.lease):
-                seen = {each.job_id: each for each in await site.observe(list(by_job))}
+            async with asyncio.timeout(STUCK * policy.patience):
+                found = await site.observe([job_id])
         except (SiteError, TimeoutError) as error:
-            reason = str(error) or "It did not answer in time."
-            self._tell(site.facts.name, error)
-            for task in by_job.values():
-                await self._be_patient(task, reason, policy)
+            failed[job_id] = error
             return
         except Exception as error:
-            log.exception("looking at %s failed", ", ".join(by_job))
-            if len(tasks) == 1:
-                await self._be_patient(tasks[0], f"The service failed: {error!r}", policy)
-                return
-            for task in tasks:  # one job must not harm the others
-                await self._observe(site, [task], policy)
+            log.exception("looking at %s failed", job_id)
+            await self._be_patient(task, f"The service failed: {error!r}", policy)
             return
-        self._health.answers(site.facts.name)
-        notes = (
-            self._note_safely(task, seen.get(job_id) or Observation(job_id=job_id, phase=Phase.UNKNOWN), policy)
-            for job_id, task in by_job.items()
-        )
-        await asyncio.gather(*notes)
+        finally:
+            self._asking.discard(job_id)
+        self._answered[name] = now = time.monotonic()
+        self._took[name] += 0.1 * (now - began - self._took[name])
+        self._health.answers(name)
+        await self._note_safely(task, found[0] if found else Observation(job_id=job_id, phase=Phase.UNKNOWN), policy)
+
+    async def _miss(self, task: Task, error: Exception, policy: Policy, *, answers: bool) -> None:
+        """Nothing was learned of a job. If its site `answers` about others, what it fails to tell of shows no sign of
+        life, and what only takes long is left to its next look."""
+        if not answers:
+            await self._be_patient(task, str(error) or "It did not answer in time.", policy)
+        elif isinstance(error, SiteError) and task.attempt is not None:
+            seen = Observation(job_id=task.attempt.job_id, phase=Phase.RUNNING, detail=str(error))
+            await self._note_safely(task, seen, policy)
 
     def _tell(self, name: str, error: Exception) -> None:
         """A site that could not be asked may still take jobs, but not if that goes on, or if it does not let us in."""

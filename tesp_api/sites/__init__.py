@@ -63,7 +63,10 @@ class Site(Protocol):
         """
 
     async def observe(self, job_ids: Sequence[str]) -> Sequence[Observation]:
-        """How each of these jobs is, in any order; SiteUnavailable when the site cannot be asked at all."""
+        """How each of these jobs is, in any order; SiteUnavailable when it could be learned of none of them.
+
+        It takes as long as the slowest answer does: whoever wants none to wait for another asks about each by itself.
+        """
 
     def freshen(self, job_ids: Sequence[str]) -> None:
         """Somebody wants to see what these jobs do, so their next observation should be as fresh as can be had."""

@@ -717,6 +717,116 @@ async def test_without_an_address_nobody_is_to_report(world: World) -> None:
     assert last_attempt(await world.get(task)).tokens == ()
 
 
+# Slow sites
+
+
+class Slow(SiteDouble):
+    """Answers to looks at the jobs in `held` wait for `release`; each look takes `seconds`."""
+
+    def __init__(self, site: SiteDouble, *held: str, seconds: float = 0.0) -> None:
+        super().__init__(site.facts)
+        self.jobs, self.held, self.seconds = site.jobs, held, seconds
+        self.release, self.ended = asyncio.Event(), 0
+
+    async def observe(self, job_ids: Sequence[str]) -> Sequence[Observation]:
+        seen = await super().observe(job_ids)
+        try:
+            await asyncio.sleep(self.seconds)
+            if set(job_ids) & set(self.held):
+                await self.release.wait()
+        finally:
+            self.ended += 1
+        return seen
+
+
+async def until_state(world: World, task: Task, state: S) -> None:
+    async with asyncio.timeout(60):
+        while await world.state(task) is not state:
+            await asyncio.sleep(0)
+
+
+@on()
+async def test_a_look_that_takes_long_holds_up_no_other_and_is_not_begun_again(world: World) -> None:
+    """As with a big result. It is noted when it comes, be that after the lease."""
+    slow, quick = await world.add(2)
+    await world.step()
+    held = f"{slow.id}-1"
+    world.sites["a"] = site = Slow(world.site, held)
+    world.restart()
+    for each in site.jobs.values():
+        each.end()
+    assert await world.poller.tick() == 2
+    await until_state(world, quick, S.COMPLETE)
+    for _ in range(3):
+        world.now += POLICY.lease + 1
+        assert await world.poller.tick() > 0
+        await asyncio.sleep(0)
+    assert site.calls.count(("observe", held)) == 1
+    found = await world.get(slow)
+    assert (found.state, last_attempt(found).vain, await world.lines(slow)) == (S.INITIALIZING, None, "")
+    assert world.health.of("a").failures == 0
+    site.release.set()
+    await world.poller.drain()
+    assert await world.state(slow) is S.COMPLETE
+    assert sum(world.site.submits.values()) == 2
+
+
+@on()
+async def test_a_job_that_a_site_cannot_tell_about_is_no_sign_that_the_site_is_away(world: World) -> None:
+    odd, other = await world.add(2)
+    await world.step()
+    for each in world.site.jobs.values():
+        each.run()
+    world.site.trouble = lambda call, job_id: SiteUnavailable("500") if job_id == f"{odd.id}-1" else None
+    await world.step()
+    assert world.health.of("a").failures == 0
+    assert last_attempt(await world.get(odd)).vain is not None
+    assert (await world.lines(odd), await world.state(other)) == ("", S.RUNNING)
+    for _ in range(100):
+        world.site.jobs[f"{other.id}-1"].beat += 1
+        await world.step(5)
+    assert "no sign of life" in await world.lines(odd)
+    assert len((await world.get(other)).attempts) == 1
+
+
+@on()
+async def test_a_site_that_answers_nobody_is_silent(world: World) -> None:
+    """Once for the whole round, and its looks are ended: the next ones begin anew."""
+    tasks = await world.add(5)
+    await world.step()
+    world.sites["a"] = site = Slow(world.site, *world.site.jobs)
+    world.restart(lease=0.05)
+    assert await world.poller.tick() == 5
+    async with asyncio.timeout(60):
+        await world.poller.drain()
+    assert site.ended == 5
+    assert world.health.of("a").failures == 1
+    for task in tasks:
+        assert "did not answer in time" in await world.lines(task)
+        assert last_attempt(await world.get(task)).vain == world.now
+    world.now += 1
+    site.release.set()
+    assert await world.poller.tick() == 5
+    await world.poller.drain()
+    assert site.ended == 10
+
+
+@on()
+async def test_jobs_at_a_slow_site_are_looked_at_less_often(world: World) -> None:
+    (task,) = await world.add()
+    await world.step()
+    world.sites["a"] = Slow(world.site, seconds=0.1)
+    world.restart(poll_interval=0.001)
+    world.site.job().run()
+    for _ in range(2):
+        world.now += 60
+        assert await world.poller.tick() == 1
+        await world.poller.drain()
+    due_at = (await world.get(task)).due_at
+    assert due_at is not None
+    assert due_at - world.now > 0.02
+
+
 # Trouble
 
 

@@ -15,7 +15,7 @@ from tesp_api.runner import job
 from tesp_api.runner.bundle import Bundle
 from tesp_api.sites import SiteFacts, documents
 from tesp_api.sites.pulsar.messages import Launch, Status
-from tesp_api.sites.pulsar.site import BELIEVED, STILL, PulsarSite
+from tesp_api.sites.pulsar.site import BELIEVED, LOOKS, STILL, PulsarSite
 from tesp_api.task import Observation, Phase
 from tests import standin
 
@@ -142,6 +142,37 @@ def test_a_job_that_pulsar_has_just_called_active_is_asked_for_its_pulse_alone()
             while seen.phase is not Phase.ENDED:
                 (seen,) = await there.observe([ID])
                 await asyncio.sleep(0.01)
+
+    asyncio.run(go())
+
+
+class Busy(Memory):
+    """Does not answer questions about `ID` yet."""
+
+    def __init__(self) -> None:
+        super().__init__(Status("complete", 0))
+        self.full, self.free = asyncio.Event(), asyncio.Event()
+
+    async def status(self, job_id: str) -> Status | None:
+        status = await super().status(job_id)
+        if job_id == ID:
+            if self.questions == LOOKS:
+                self.full.set()
+            await self.free.wait()
+        return status
+
+
+def test_a_cancel_does_not_wait_behind_hundreds_of_looks() -> None:
+    async def go() -> None:
+        carrier = Busy()
+        there = site(carrier)
+        looks = asyncio.create_task(there.observe([ID] * 200))
+        async with asyncio.timeout(60):
+            await carrier.full.wait()
+            await there.cancel("t-2")
+        assert carrier.questions == LOOKS + 1
+        carrier.free.set()
+        assert len(await looks) == 200
 
     asyncio.run(go())
 

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Final, Protocol, Self
@@ -42,6 +42,9 @@ AGAIN: Final = (0.05, 0.2, 0.5, 1.0)
 
 SOON: Final = 3.0
 """Seconds that a look at many jobs waits for the progress of one, where that takes an errand."""
+
+LOOKS: Final = 8
+"""Looks for whose sake Pulsar is asked at once, so that a submit or a cancel need not wait behind hundreds of them."""
 
 GONE_WITHIN: Final = 2.0
 """Seconds that a killed job has to clean up before its directory is taken away."""
@@ -121,6 +124,7 @@ class PulsarSite:
         self._runner = runner
         self._command_line = command(runner.sha256)
         self._turns = _Turns()
+        self._room = asyncio.Semaphore(LOOKS)
         self._delivery: asyncio.Task[None] | None = None
         self._delivered = False
         self._deliveries = 0
@@ -202,15 +206,14 @@ class PulsarSite:
 
     async def observe(self, job_ids: Sequence[str]) -> Sequence[Observation]:
         """See Site. A job about which nothing could be learned is RUNNING without a sign of life."""
-        seen = await asyncio.gather(*(self._look(each) for each in job_ids), return_exceptions=True)
+        looks = [self._try(each) for each in job_ids]
+        seen = [await looks[0]] if len(looks) == 1 else await asyncio.gather(*looks)  # most come one by one
         observations: list[Observation] = []
         errors: list[SiteError] = []
         for job_id, each in zip(job_ids, seen, strict=True):
             if isinstance(each, SiteError):
                 errors.append(each)
                 observations.append(Observation(job_id=job_id, phase=Phase.RUNNING, detail=str(each)))
-            elif isinstance(each, BaseException):
-                raise each
             else:
                 observations.append(each)
         if errors and len(errors) == len(job_ids):
@@ -225,10 +228,20 @@ class PulsarSite:
             if (seen := self._seen.get(job_id)) is not None:
                 self._seen[job_id] = replace(seen, at=-math.inf)
 
+    async def _try(self, job_id: str) -> Observation | SiteError:
+        try:
+            return await self._look(job_id)
+        except SiteError as error:
+            return error
+
     async def _look(self, job_id: str) -> Observation:
         if not messages.JOB_ID.fullmatch(job_id):
             return Observation(job_id=job_id, phase=Phase.UNKNOWN, detail="No Pulsar can have a job of this name.")
-        return await self._by_pulse(job_id) or await self._observation(job_id, await self._status(job_id))
+        if (seen := await self._by_pulse(job_id)) is not None:
+            return seen
+        async with nullcontext() if self._carrier.by_mail else self._room:  # letters wait at Pulsar, one like another
+            status = await self._status(job_id)
+        return await self._observation(job_id, status)
 
     async def _by_pulse(self, job_id: str) -> Observation | None:
         """What the job's files say, if Pulsar has just called it active: they tell its end sooner than Pulsar does, and
