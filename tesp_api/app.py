@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -45,7 +45,6 @@ from tesp_api.runner.job import FileRoot, Runtime
 from tesp_api.settings import BY_MAIL, Settings, SiteKeys, SiteSettings
 from tesp_api.sites import Site, SiteFacts
 from tesp_api.sites.local import LocalSite
-from tesp_api.sites.pulsar.amqp import AmqpPost
 from tesp_api.sites.pulsar.embedded import EmbeddedSite
 from tesp_api.sites.pulsar.mail import MailCarrier
 from tesp_api.sites.pulsar.relay import RelayPost
@@ -54,8 +53,10 @@ from tesp_api.sites.pulsar.site import PulsarSite
 from tesp_api.store import TaskStore
 from tesp_api.store.copy import copy
 from tesp_api.store.mailbox import Mailbox
-from tesp_api.store.mongo import MongoStore
 from tesp_api.store.sqlite import SqliteStore
+
+if TYPE_CHECKING:
+    from tesp_api.store.mongo import MongoStore
 
 log = logging.getLogger(__name__)
 
@@ -277,8 +278,14 @@ def _policy(settings: Settings, facts: SiteFacts) -> Policy:
 
 def _store(settings: Settings) -> SqliteStore | MongoStore:
     if settings.db.mongodb_uri:
-        return MongoStore(settings.db.mongodb_uri)
+        return _mongo(settings.db.mongodb_uri)
     return SqliteStore(settings.server.data_dir.absolute() / SQLITE_FILE)
+
+
+def _mongo(uri: str) -> MongoStore:
+    from tesp_api.store.mongo import MongoStore  # slow to load, so only for those who use it
+
+    return MongoStore(uri)
 
 
 def settle() -> None:
@@ -305,7 +312,7 @@ async def migrate(settings: Settings) -> tuple[int, int]:
         raise SettingsError("settings: db.mongodb_uri says where the tasks are to go, and is not set")
     if not path.is_file():
         raise SettingsError(f"settings: there are no tasks to move: {path} does not exist")
-    async with SqliteStore(path, alone=True) as source, MongoStore(settings.db.mongodb_uri) as target:
+    async with SqliteStore(path, alone=True) as source, _mongo(settings.db.mongodb_uri) as target:
         counts = await copy(source, target)
     path.rename(path.with_name(SQLITE_FILE + ".moved"))
     return counts
@@ -405,6 +412,8 @@ def _site(settings: Settings, mailbox: Mailbox, keys: SiteSettings) -> Site:
     if keys.carrier == "embedded":
         return EmbeddedSite(facts, directory / "sites" / keys.name if settings.sites else directory / "pulsar", bundle)
     if keys.carrier == "amqp":
+        from tesp_api.sites.pulsar.amqp import AmqpPost  # as above
+
         post = AmqpPost(
             keys.amqp_url, manager=keys.manager, key_prefix=keys.amqp_key_prefix, timeout=keys.client_timeout
         )
