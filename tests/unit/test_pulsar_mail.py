@@ -451,6 +451,23 @@ def test_a_job_on_the_way_is_not_taken_for_gone(tmp_path: Path) -> None:
     with_pulsar(test, tmp_path)
 
 
+def test_a_cancel_does_not_remove_a_job_that_another_process_has_just_sent(tmp_path: Path) -> None:
+    """Pulsar would call it running for ever."""
+
+    async def test(post: SmallPulsar, carrier: MailCarrier) -> None:
+        site = PulsarSite(SiteFacts(name="x"), carrier, standin.bundle())
+        cancel = asyncio.create_task(site.cancel("t-1"))
+        while not post.given:  # Pulsar does not know it
+            await asyncio.sleep(0)
+        progress_of(tmp_path, "t-1")
+        await post.send("setup", {"job_id": "t-1"})
+        await cancel
+        assert json.loads((tmp_path / "t-1" / ANSWER).read_text())["cancel"] is True
+        assert (tmp_path / "t-1" / "metadata").is_dir()
+
+    with_pulsar(test, tmp_path)
+
+
 def test_whether_a_job_had_begun_is_not_judged_by_an_old_look(tmp_path: Path) -> None:
     async def test(post: SmallPulsar, carrier: MailCarrier) -> None:
         site = PulsarSite(SiteFacts(name="x"), carrier, standin.bundle())

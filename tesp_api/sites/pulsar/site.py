@@ -43,6 +43,9 @@ AGAIN: Final = (0.05, 0.2, 0.5, 1.0)
 SOON: Final = 3.0
 """Seconds that a look at many jobs waits for the progress of one, where that takes an errand."""
 
+ARRIVING: Final = 1.5
+"""Seconds within which a letter arrives where nothing is wrong."""
+
 LOOKS: Final = 8
 """Looks for whose sake Pulsar is asked at once, so that a submit or a cancel need not wait behind hundreds of them."""
 
@@ -454,7 +457,7 @@ class PulsarSite:
         """See Site. The answer reaches also a job that Pulsar cannot kill yet: its runner starts nothing then."""
         messages.check_id(job_id)
         async with self._turns.turn(job_id):  # a submit under way must not slip past its cancel
-            status = await self._status(job_id)
+            status = await self._settled(job_id, await self._status(job_id))
             if status is not None and status.state in ENDED and not _is_vague(status):
                 return
             force = self._must_kill(status, force)
@@ -478,6 +481,18 @@ class PulsarSite:
         if self.facts.batch and status is not None and status.state in WAITING:
             return status.state == "queued"
         return force
+
+    async def _settled(self, job_id: str, status: Status | None) -> Status | None:
+        """By mail, the status of a job that Pulsar does not know, once what another process sent just now has arrived.
+
+        A job that is removed while Pulsar sets it up is called running for ever.
+        """
+        if not self._carrier.by_mail or status is None or status.state != LOST:
+            return status
+        if status.left or job_id in self._on_the_way:
+            return status
+        await asyncio.sleep(ARRIVING)
+        return await self._status(job_id)
 
     async def _may_run(self, job_id: str, status: Status) -> bool:
         """Whether a job that Pulsar does not know may run all the same: it is on the way, or outlived Pulsar's death.
