@@ -229,6 +229,15 @@ def test_a_set_up_without_an_end_is_no_sign_of_life() -> None:
     assert asyncio.run(found.observe([ID]))[0].phase is Phase.RUNNING
 
 
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_launch_without_an_end_is_no_sign_of_life(batch: bool) -> None:
+    """A Pulsar that was killed while it launched the job calls it queued ever after. A batch system's queue is long."""
+    found = site(Memory(Status("queued"), progress=WAITING), batch=batch)
+    assert asyncio.run(found.observe([ID]))[0].phase is Phase.WAITING
+    found._pulses[ID].since -= STILL + 1
+    assert asyncio.run(found.observe([ID]))[0].phase is (Phase.WAITING if batch else Phase.RUNNING)
+
+
 def test_a_job_that_was_launched_all_the_same_is_seen() -> None:
     found = site(Memory(Status("preprocessing"), progress=DONE, result=RESULT))
     asyncio.run(found.observe([ID]))

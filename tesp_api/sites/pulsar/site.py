@@ -288,7 +288,8 @@ class PulsarSite:
         result = None
         # By mail the end is about to be told, with the result.
         done = progress is not None and progress.phase == "done" and not self._carrier.by_mail
-        if done or self._is_still(job_id, progress):
+        still = self._is_still(job_id, progress)
+        if done or still:
             result = await self._result(job_id)
         if result is not None:
             return self._end(Observation(job_id=job_id, phase=Phase.ENDED, progress=progress, result=result))
@@ -296,7 +297,9 @@ class PulsarSite:
         begun = progress is not None and progress.phase != "waiting"
         if begun and not self._carrier.by_mail:
             self._active_at[job_id] = time.monotonic()
-        queued = status.state in WAITING and not begun
+        # So is one in whose launch Pulsar was killed; only behind a batch system is the queue long.
+        never = still and not self._carrier.by_mail and not self.facts.batch
+        queued = status.state in WAITING and not begun and not never
         return Observation(job_id=job_id, phase=Phase.WAITING if queued else Phase.RUNNING, progress=progress)
 
     async def _ended(self, job_id: str, status: Status) -> Observation:
