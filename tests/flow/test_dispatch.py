@@ -100,6 +100,19 @@ class World:
         raise AssertionError(f"{await self.state(task)} for ever")
 
 
+class SlowToCancel(SiteDouble):
+    """A site at which cancels arrive only when the test lets them."""
+
+    def __init__(self, facts: SiteFacts) -> None:
+        super().__init__(facts)
+        self.arrive = asyncio.Event()
+
+    async def cancel(self, job_id: str, *, force: bool = False) -> None:
+        self.calls.append(("begun", job_id))
+        await self.arrive.wait()
+        await super().cancel(job_id, force=force)
+
+
 def last_attempt(task: Task) -> Attempt:
     assert task.attempt is not None
     return task.attempt
@@ -557,17 +570,9 @@ def test_a_stop_that_waits_no_longer_ends_what_is_under_way(call: str) -> None:
 @on()
 async def test_a_cancel_that_takes_long_is_asked_once_and_arrives(world: World) -> None:
     """Slower than the looks: begun anew by each of them, it would never come to its end."""
-    arrive = asyncio.Event()
-
-    class Slow(SiteDouble):
-        async def cancel(self, job_id: str, *, force: bool = False) -> None:
-            self.calls.append(("begun", job_id))
-            await arrive.wait()
-            await super().cancel(job_id, force=force)
-
     (task,) = await world.add()
     await world.step()
-    site = Slow(world.site.facts)
+    site = SlowToCancel(world.site.facts)
     site.jobs = world.site.jobs
     world.sites["a"] = site
     world.restart(lease=0.05)
@@ -583,7 +588,7 @@ async def test_a_cancel_that_takes_long_is_asked_once_and_arrives(world: World) 
                 await asyncio.sleep(0.001)
     assert site.calls.count(("begun", job_id)) == 1
     assert last_attempt(await world.get(task)).cancels == 0
-    arrive.set()
+    site.arrive.set()
     await world.poller.drain()
     assert last_attempt(await world.get(task)).cancels == 1
     site.job().end("CANCELED")
@@ -1199,14 +1204,6 @@ async def test_no_second_job_before_the_first_is_killed(world: World) -> None:
 @on()
 async def test_a_slow_kill_of_the_first_job_is_begun_once(world: World) -> None:
     """Slower than a submit waits for it: begun anew by each submit, it would never come to its end."""
-    arrive = asyncio.Event()
-
-    class Slow(SiteDouble):
-        async def cancel(self, job_id: str, *, force: bool = False) -> None:
-            self.calls.append(("begun", job_id))
-            await arrive.wait()
-            await super().cancel(job_id, force=force)
-
     (task,) = await world.add()
     await world.step()
     first = world.site.job()
@@ -1214,7 +1211,7 @@ async def test_a_slow_kill_of_the_first_job_is_begun_once(world: World) -> None:
     world.site.trouble = lambda call, job_id: SiteUnavailable("no") if call == "observe" else None
     while await world.state(task) is not S.QUEUED:
         await world.step(5)
-    site = Slow(world.site.facts)
+    site = SlowToCancel(world.site.facts)
     site.jobs = world.site.jobs
     world.sites["a"] = site
     world.restart(lease=0.05)
@@ -1225,7 +1222,7 @@ async def test_a_slow_kill_of_the_first_job_is_begun_once(world: World) -> None:
     for _ in range(3):
         await world.dispatcher.submit(second)
     assert (site.submits, site.calls) == ({}, [("begun", f"{task.id}-1")])
-    arrive.set()
+    site.arrive.set()
     while not first.killed:
         await asyncio.sleep(0)
     await world.dispatcher.submit(second)
