@@ -495,9 +495,29 @@ def test_a_job_that_waits_for_ever_by_pulsars_word_is_looked_at(tmp_path: Path) 
         progress_of(tmp_path, "t-1", phase="running", started=NOW, beat=1)
         (seen,) = await site.observe(["t-1"])
         assert (seen.phase, post.errands) == (Phase.WAITING, 0)
-        site._pulses["t-1"].since -= 1000
+        site._waiting_since["t-1"] -= 1000
         (seen,) = await site.observe(["t-1"])
         assert (seen.phase, post.errands) == (Phase.RUNNING, 1)
+
+    with_pulsar(test, tmp_path)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_launch_without_an_end_is_no_sign_of_life(tmp_path: Path, batch: bool) -> None:
+    """A Pulsar that was killed while it launched the job calls it queued ever after. A batch system's queue is long."""
+
+    async def test(post: SmallPulsar, carrier: MailCarrier) -> None:
+        site = PulsarSite(SiteFacts(name="x", batch=batch), carrier, standin.bundle())
+        post.states["t-1"] = "queued"
+        progress_of(tmp_path, "t-1")
+        (seen,) = await site.observe(["t-1"])
+        site._waiting_since["t-1"] -= 1000
+        for _ in range(2):  # a look at the files, however often, is no news of the job
+            (seen,) = await site.observe(["t-1"])
+            assert (seen.phase, post.errands) == (Phase.WAITING, 1)
+        site._pulses["t-1"].since -= 1000
+        (seen,) = await site.observe(["t-1"])
+        assert seen.phase is (Phase.WAITING if batch else Phase.RUNNING)
 
     with_pulsar(test, tmp_path)
 

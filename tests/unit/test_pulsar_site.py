@@ -225,7 +225,7 @@ def test_a_set_up_without_an_end_is_no_sign_of_life() -> None:
     """A Pulsar that was killed while it set the job up says so ever after; patience must come to its end."""
     found = site(Memory(Status("preprocessing")))
     assert asyncio.run(found.observe([ID]))[0].phase is Phase.WAITING
-    found._pulses[ID].since -= STILL + 1
+    found._waiting_since[ID] -= STILL + 1
     assert asyncio.run(found.observe([ID]))[0].phase is Phase.RUNNING
 
 
@@ -241,7 +241,7 @@ def test_a_launch_without_an_end_is_no_sign_of_life(batch: bool) -> None:
 def test_a_job_that_was_launched_all_the_same_is_seen() -> None:
     found = site(Memory(Status("preprocessing"), progress=DONE, result=RESULT))
     asyncio.run(found.observe([ID]))
-    found._pulses[ID].since -= STILL + 1
+    found._waiting_since[ID] -= STILL + 1
     assert asyncio.run(found.observe([ID]))[0].result is not None
 
 

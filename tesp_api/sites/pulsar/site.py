@@ -133,6 +133,7 @@ class PulsarSite:
         self._deliveries = 0
         self._launched_with = Lately[int]()  # number of deliveries before the launch
         self._pulses = Lately[_Pulse]()
+        self._waiting_since = Lately[float]()  # when Pulsar first said that the job has not begun
         self._seen = Lately[_Seen]()
         self._active_at = Lately[float]()  # when Pulsar last said so of a job that has begun
         self._looking: dict[str, asyncio.Task[job.Progress | None]] = {}
@@ -268,7 +269,7 @@ class PulsarSite:
         if status.state == "preprocessing":
             # The set-up takes a moment, as Pulsar moves no files for us. One killed in the middle says this for ever.
             # It may have been launched all the same, just before.
-            if self._is_still(job_id, None):
+            if self._waits_long(job_id):
                 return await self._by_files(job_id, "Pulsar sets the job up.")
             return Observation(job_id=job_id, phase=Phase.WAITING, detail="Pulsar sets the job up.")
         if status.state in WAITING or status.state in RUNNING:
@@ -282,7 +283,7 @@ class PulsarSite:
         )
 
     async def _active(self, job_id: str, status: Status) -> Observation:
-        if self._carrier.by_mail and status.state in WAITING and not self._is_still(job_id, None):
+        if self._carrier.by_mail and status.state in WAITING and not self._waits_long(job_id):
             return Observation(job_id=job_id, phase=Phase.WAITING)
         progress = await (self._latest(job_id) if self._carrier.by_mail else self._progress(job_id))
         result = None
@@ -298,7 +299,7 @@ class PulsarSite:
         if begun and not self._carrier.by_mail:
             self._active_at[job_id] = time.monotonic()
         # So is one in whose launch Pulsar was killed; only behind a batch system is the queue long.
-        never = still and not self._carrier.by_mail and not self.facts.batch
+        never = still and not self.facts.batch
         queued = status.state in WAITING and not begun and not never
         return Observation(job_id=job_id, phase=Phase.WAITING if queued else Phase.RUNNING, progress=progress)
 
@@ -399,19 +400,31 @@ class PulsarSite:
         data = await self._carrier.fetch(job_id, RESULT, job.RESULT_BYTES)
         return await documents.aside(documents.result, data, job_id)
 
+    def _waits_long(self, job_id: str) -> bool:
+        """Whether the job's files are worth a look, though Pulsar says that it has not begun."""
+        now = time.monotonic()
+        if job_id not in self._waiting_since:
+            self._waiting_since[job_id] = now
+        return now - self._waiting_since[job_id] > self._long()
+
     def _is_still(self, job_id: str, progress: job.Progress | None) -> bool:
         beat, now = (progress.beat if progress is not None else -1), time.monotonic()
         pulse = self._pulses.get(job_id)
         if pulse is None or pulse.beat != beat:
             self._pulses[job_id] = _Pulse(beat, now)
             return False
-        return now - pulse.since > STILL + 2 * self._carrier.file_pause
+        return now - pulse.since > self._long()
+
+    def _long(self) -> float:
+        return STILL + 2 * self._carrier.file_pause
 
     def _end(self, seen: Observation) -> Observation:
-        self._pulses.pop(seen.job_id, None)
-        self._seen.pop(seen.job_id, None)
-        self._active_at.pop(seen.job_id, None)
+        self._drop_looks(seen.job_id)
         return seen
+
+    def _drop_looks(self, job_id: str) -> None:
+        for each in (self._pulses, self._waiting_since, self._seen, self._active_at):
+            each.pop(job_id, None)
 
     async def updates(self) -> AsyncIterator[Observation]:
         """See Site."""
@@ -525,9 +538,7 @@ class PulsarSite:
                     return False
             else:
                 await self._carrier.clean(job_id)
-        self._pulses.pop(job_id, None)
-        self._seen.pop(job_id, None)
-        self._active_at.pop(job_id, None)
+        self._drop_looks(job_id)
         self._on_the_way.pop(job_id, None)
         self._launched_with.pop(job_id, None)
         return True
