@@ -455,6 +455,7 @@ def _facts(settings: Settings, keys: SiteSettings) -> SiteFacts:
         zones=frozenset(keys.zones),
         labels={key.lower(): value for key, value in keys.labels.items()},
         preemptible=keys.preemptible,
+        draining=keys.draining,
         batch=keys.batch,
         queues=keys.queues,
         file_roots=tuple(FileRoot(root.path, root.write, root.mount) for root in keys.file_roots),

@@ -250,6 +250,7 @@ class SiteSettings(Pulsar):
     zones: Texts = ()
     labels: dict[str, str] = {}
     preemptible: bool = False
+    draining: bool = False
 
     @property
     def relay_account(self) -> str:

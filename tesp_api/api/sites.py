@@ -64,6 +64,7 @@ def _site(facts: SiteFacts, load: Load, report: Mapping[str, Any]) -> Document:
         "zones": sorted(facts.zones),
         "labels": dict(facts.labels),
         "preemptible": facts.preemptible,
+        "draining": facts.draining,
         "batch": facts.batch,
         "queues": list(facts.queues),
     }
@@ -131,6 +132,7 @@ SCHEMA: Final[Document] = {
         "zones": {"type": "array", "items": {"type": "string"}},
         "labels": {"type": "object", "additionalProperties": {"type": "string"}},
         "preemptible": {"type": "boolean"},
+        "draining": {"type": "boolean", "description": "Whether it gets no more jobs, by an operator's wish."},
         "batch": {"type": "boolean", "description": "Whether it honours a time limit and a queue."},
         "queues": {"type": "array", "items": {"type": "string"}},
     },

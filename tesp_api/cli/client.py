@@ -118,7 +118,8 @@ def sites(url: Url = HERE) -> None:
         )
         said = f"{error['time'][:19]}Z {_printable(error['message'])}" if error else ""
         version, offers = site.get("version", ""), _printable(_offers(site))
-        rows.append((site["name"], site["carrier"], site["health"], version, *used, offers, said))
+        health = site["health"] + (", draining" if site.get("draining") else "")
+        rows.append((site["name"], site["carrier"], health, version, *used, offers, said))
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     for row in rows:
         typer.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

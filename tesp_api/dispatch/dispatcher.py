@@ -117,7 +117,7 @@ class Dispatcher:
 
     def _room(self, loads: Mapping[str, Load]) -> int:
         """How many jobs the sites that take any may still hold."""
-        takers = [facts for facts in self._facts if self._health.takes(facts.name)]
+        takers = [facts for facts in self._facts if not facts.draining and self._health.takes(facts.name)]
         return sum(place.room(facts, loads.get(facts.name, Load())) for facts in takers)
 
     def _is_due(self, due_at: float | None) -> bool:

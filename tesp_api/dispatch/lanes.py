@@ -121,7 +121,7 @@ class Waits:
 
     async def line(self, task: Task, choice: Choice, why: Callable[[str], str], now: float) -> str:
         """What to write into the task's system logs; empty if it knows, or has not waited worth the mention."""
-        if not choice.down and 0 <= now - task.created < FULL_FOR:
+        if choice.full and not choice.down and 0 <= now - task.created < FULL_FOR:
             return ""
         head = _sentence(choice)
         if head in (told := await self._known(task)):
@@ -139,10 +139,11 @@ class Waits:
         return self._told[task.id]
 
 
-_HEAD = re.compile(f"{WAITS}.*?( is full| takes no jobs now)\\.(?= |$)")
+_HEAD = re.compile(f"{WAITS}.*?( is full| takes no jobs now| is being drained)\\.(?= |$)")
 
 
 def _sentence(choice: Choice) -> str:
     parts = [f"the site {site!r} is full" for site in choice.full]
     parts += [f"the site {site!r} takes no jobs now" for site in choice.down]
+    parts += [f"the site {site!r} is being drained" for site in choice.draining]
     return f"{WAITS}{', '.join(parts)}."

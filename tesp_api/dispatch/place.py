@@ -26,12 +26,14 @@ class Need:
 
 @dataclass(frozen=True)
 class Choice:
-    """A site; or why none will ever do, as a sentence; or those that would do but are full, or take no jobs now."""
+    """A site; or why none will ever do, as a sentence; or those that would do but are full, take no jobs now, or shall
+    get no more."""
 
     site: SiteFacts | None = None
     reason: str = ""
     full: tuple[str, ...] = ()
     down: tuple[str, ...] = ()
+    draining: tuple[str, ...] = ()
 
 
 def need_of(spec: TesTask) -> Need:
@@ -101,12 +103,16 @@ def choose(
     fitting = [facts for facts in sites if misfits[facts.name] is None]
     if not fitting:
         return Choice(reason=_sentence(misfits, need))
-    up = [facts for facts in fitting if takes(facts.name)]
+    open_to_us = [facts for facts in fitting if not facts.draining]
+    up = [facts for facts in open_to_us if takes(facts.name)]
     free = [facts for facts in up if has_room(facts, loads.get(facts.name, Load()), need)]
     if free:
         return Choice(min(free, key=lambda facts: (share(facts, loads.get(facts.name, Load())), facts.name)))
-    full = tuple(facts.name for facts in up)
-    return Choice(full=full, down=tuple(facts.name for facts in fitting if facts.name not in full))
+    return Choice(
+        full=tuple(facts.name for facts in up),
+        down=tuple(facts.name for facts in open_to_us if facts not in up),
+        draining=tuple(facts.name for facts in fitting if facts.draining),
+    )
 
 
 def _sentence(misfits: Mapping[str, str | None], need: Need) -> str:

@@ -22,6 +22,7 @@ class SiteFacts:
     `carrier` says how it is reached, for readers only. `cpus` and `ram_gb` limit what our tasks ask for together,
     `disk_gb` what one of them does. `preemptible`: its jobs may be taken off at any time. `batch`: it honours a time
     limit and a queue, which must be one of `queues` where there are any. Keys of `labels` are in lower case.
+    `draining`: it gets no more jobs, those that it has are followed to their end.
     `max_jobs` is how many of our jobs it may hold at once (Pulsar itself does not limit that); None is no limit.
     `patience` is how long, in seconds, a job or the whole site may be silent before it is given up; `poll_interval`
     is the longest pause, in seconds, between two looks at a job, `first_look` the shortest one; a site that tells by
@@ -38,6 +39,7 @@ class SiteFacts:
     zones: frozenset[str] = frozenset()
     labels: Mapping[str, str] = field(default_factory=dict)
     preemptible: bool = False
+    draining: bool = False
     batch: bool = False
     queues: tuple[str, ...] = ()
     file_roots: tuple[FileRoot, ...] = ()

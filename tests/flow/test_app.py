@@ -126,6 +126,7 @@ def test_the_sites_are_shown(tmp_path: Path) -> None:
             "labels": {"GPU": "a100"},
             "batch": True,
             "queues": ["long"],
+            "draining": True,
         }
         here = {"name": "here", "carrier": "local", "runtime": "host", "max_jobs": 3}
         sites = Settings.model_validate({"sites": [away, here]}).sites
@@ -147,6 +148,7 @@ def test_the_sites_are_shown(tmp_path: Path) -> None:
                 "zones": ["eu"],
                 "labels": {"gpu": "a100"},
                 "preemptible": False,
+                "draining": True,
                 "batch": True,
                 "queues": ["long"],
             }

@@ -273,6 +273,7 @@ SITES = {
             "zones": ["eu-1", "us"],
             "labels": {"gpu": "a100", "disk": "s\u001bd"},
             "preemptible": True,
+            "draining": True,
             "batch": True,
             "queues": ["short", "long"],
             "last_error": {"message": "no\u001b[31m answer", "time": "2026-01-31T12:00:00.000000Z"},
@@ -305,10 +306,11 @@ def test_the_sites_as_a_table(path: str) -> None:
             thread.join()
     assert done.exit_code == 0, done.output
     offers = "zones=eu-1,us labels=gpu:a100,disk:s?d disk_gb=100 preemptible batch queues=short,long"
+    error = "2026-01-31T12:00:00Z no?[31m answer"
     assert done.stdout.splitlines() == [
-        f"NAME      CARRIER  HEALTH  VERSION  JOBS  CPUS  RAM_GB  {'OFFERS':{len(offers)}}  LAST ERROR",
-        "a         rest     up      0.15.16  2/8   3/16  1.5",
-        f"far-away  amqp     down             0     0     0       {offers}  2026-01-31T12:00:00Z no?[31m answer",
+        f"NAME      CARRIER  HEALTH          VERSION  JOBS  CPUS  RAM_GB  {'OFFERS':{len(offers)}}  LAST ERROR",
+        "a         rest     up              0.15.16  2/8   3/16  1.5",
+        f"far-away  amqp     down, draining           0     0     0       {offers}  {error}",
     ]
 
 

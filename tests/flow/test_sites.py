@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from tesp_api.dispatch.health import FAILURES
@@ -260,6 +261,29 @@ async def test_a_job_of_a_dead_site_is_tried_elsewhere_after_the_patience(world:
     await end(world, other)
     done = await world.until_final(task)
     assert (done.state, [each.site for each in done.attempts]) == (S.COMPLETE, ["a", "b"])
+
+
+@on(replace(A, draining=True), B)
+async def test_a_site_that_is_drained(world: World) -> None:
+    """What is there goes on, what asks for it waits and says why, and all else goes elsewhere."""
+    (there,) = await world.add()
+    taken = assign(there, "a", world.now, POLICY)
+    assert taken is not None
+    await world.store.apply(there.id, taken)
+    (asks,) = await world.add(**at("a"))
+    others = await world.add(3)
+    for _ in range(20):
+        await world.step(3)
+    assert list(world.sites["a"].jobs) == [f"{there.id}-1"]
+    assert {await site_of(world, task) for task in others} == {"b"}
+    assert await world.lines(asks) == "The task waits: the site 'a' is being drained."
+    world.restart()
+    for _ in range(20):
+        await world.step(3)
+    assert await world.lines(asks) == "The task waits: the site 'a' is being drained.", "also after a restart"
+    await end(world, world.sites["a"])
+    assert (await world.until_final(there)).state is S.COMPLETE
+    assert await world.state(asks) is S.QUEUED
 
 
 # Nobody holds up the others

@@ -90,6 +90,13 @@ def test_full_and_down_are_told_apart() -> None:
     assert (choice.site, choice.reason, choice.full, choice.down) == (None, "", ("a",), ("b",))
 
 
+def test_a_site_that_is_drained_gets_nothing_more() -> None:
+    draining = SiteFacts(name="a", draining=True)
+    assert choose([draining, SiteFacts(name="b")], {"b": Load(99, 0, 0)}, task()).site == SiteFacts(name="b")
+    choice = choose([draining, SiteFacts(name="b")], {}, task({"site": "a"}))
+    assert (choice.site, choice.reason, choice.full, choice.down, choice.draining) == (None, "", (), (), ("a",))
+
+
 def test_lanes() -> None:
     """Tasks of one lane wait for the same sites."""
 
