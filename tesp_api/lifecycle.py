@@ -279,8 +279,10 @@ def silent(task: Task, now: float, reason: str, policy: Policy) -> Change:
     quiet = f"The site {attempt.site!r} was silent for {attempt.silence:.0f} s: {reason}"
     if (change := _given_up(task, attempt, now, quiet, policy)) is not None:
         return change
+    lines = _warning(task.attempt, attempt, quiet, policy)
     task = replace(task, attempts=(*task.attempts[:-1], attempt))
-    return wait(task, now, reason, pause=min(0.2 * 2 ** min(attempt.looks, 10), policy.poll_interval))
+    change = wait(task, now, reason, pause=min(0.2 * 2 ** min(attempt.looks, 10), policy.poll_interval))
+    return replace(change, system=(*change.system, *lines))
 
 
 def _in_vain(attempt: Attempt, now: float, policy: Policy) -> Attempt:
@@ -302,6 +304,13 @@ def _given_up(task: Task, attempt: Attempt, now: float, reason: str, policy: Pol
     return _failed(task, attempt, now, reason, policy)
 
 
+def _warning(before: Attempt, after: Attempt, quiet: str, policy: Policy) -> tuple[str, ...]:
+    """What is said of a silence once, as soon as half of patience is over; it may pass."""
+    if after.cancel_sent is not None or not before.silence <= policy.patience / 2 < after.silence:
+        return ()
+    return (storable(f"{quiet} (given up after {policy.patience:g} s)"),)
+
+
 def unreachable(task: Task, now: float, reason: str, policy: Policy) -> Change | None:
     """The site of an active task can be asked no more, for `reason`."""
     attempt = task.attempt
@@ -320,7 +329,7 @@ def observed(task: Task, seen: Observation, now: float, policy: Policy) -> Chang
         return None
     if seen.result is not None:
         return _ended(task, seen.result, now, policy)
-    attempt = _heard(attempt, seen, now, policy)
+    before, attempt = attempt, _heard(attempt, seen, now, policy)
     if seen.exit_code != job.EXIT_DUPLICATE:  # a second start that stood back says nothing of the first
         if seen.exit_code in NO_PYTHON:
             reason = NO_PYTHON[seen.exit_code]
@@ -334,7 +343,9 @@ def observed(task: Task, seen: Observation, now: float, policy: Policy) -> Chang
         if seen.phase in (Phase.ENDED, Phase.UNKNOWN):
             return _gone(task, attempt, seen, now, policy)
     quiet = f"The job showed no sign of life for {now - (attempt.heard or attempt.assigned):.0f} s."
-    return _given_up(task, attempt, now, quiet, policy) or _going_on(task, attempt, seen, now, policy)
+    if (change := _given_up(task, attempt, now, quiet, policy)) is not None:
+        return change
+    return _going_on(task, attempt, seen, now, policy, lines=_warning(before, attempt, quiet, policy))
 
 
 def reported(task: Task, seen: Observation, now: float, policy: Policy) -> Change | None:
@@ -379,12 +390,15 @@ def _has_started(task: Task, seen: Observation) -> bool:
     return task.state is TesState.RUNNING or (seen.progress is not None and seen.progress.started is not None)
 
 
-def _going_on(task: Task, attempt: Attempt, seen: Observation, now: float, policy: Policy) -> Change:
+def _going_on(
+    task: Task, attempt: Attempt, seen: Observation, now: float, policy: Policy, *, lines: tuple[str, ...]
+) -> Change:
     state = None
     if task.state is TesState.INITIALIZING and seen.progress is not None and seen.progress.started:
         state = TesState.RUNNING
     canceling = task.state is TesState.CANCELING
-    return _change(task, state, due_at=next_look(attempt, now, policy, canceling=canceling), attempt=attempt)
+    due_at = next_look(attempt, now, policy, canceling=canceling)
+    return _change(task, state, due_at=due_at, attempt=attempt, system=lines)
 
 
 def _gone(task: Task, attempt: Attempt, seen: Observation, now: float, policy: Policy) -> Change:

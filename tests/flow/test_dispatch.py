@@ -248,7 +248,7 @@ async def test_a_site_that_stays_down_exhausts_patience(world: World) -> None:
     for _ in range(200):
         await world.step(5)
     assert await world.state(task) is S.QUEUED, "for as long as it takes"
-    assert (await world.lines(task)).count("silent for") == 1
+    assert (await world.lines(task)).count("silent for") == 2, "half-way and in the end"
     assert (await world.lines(task)).count("The task waits: the site 'a' takes no jobs now. connection refused") == 1
     assert list(world.site.submits) == [f"{task.id}-1"], "no other job while nobody knows whether the first one runs"
     world.site.trouble = lambda call, job_id: None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -591,8 +592,35 @@ def test_silence_is_noted_once_and_ends_with_patience() -> None:
         now = max(task.due_at, now + 0.1)
     assert task.state is S.SYSTEM_ERROR
     assert 300 < now - NOW < 310
-    assert len(lines) == 2
-    assert "silent for" in lines[1]
+    assert [re.sub("[0-9]+ s", "T", line) for line in lines] == [
+        "connection refused",
+        "The site 'local' was silent for T: connection refused (given up after T)",
+        "The site 'local' was silent for T: connection refused",
+    ]
+
+
+def test_a_silence_that_passes_is_told_while_it_lasts() -> None:
+    task, now, told = task_in(S.RUNNING, beat=4), NOW, list[str]()
+    for beat in (4, 5):
+        for _ in range(20):
+            now += 10
+            change = lifecycle.observed(task, seen(task, beat=beat), now, POLICY)
+            assert change is not None
+            told += change.system
+            task = applied(task, change)
+        task = applied(task, lifecycle.observed(task, seen(task, beat=beat + 1), now, POLICY))
+    assert task.state is S.RUNNING
+    line = r"The job showed no sign of life for 1[567]0 s\. \(given up after 300 s\)"
+    assert [bool(re.fullmatch(line, each)) for each in told] == [True, True], told
+
+
+def test_of_a_job_that_is_to_stop_no_silence_is_told() -> None:
+    task = task_in(S.CANCELING, beat=4, cancel_sent=NOW)
+    for now in range(10, 300, 10):
+        change = lifecycle.observed(task, seen(task, beat=4), NOW + now, POLICY)
+        assert change is not None
+        assert change.system == ()
+        task = applied(task, change)
 
 
 def test_no_sign_of_life_ends_with_patience() -> None:
