@@ -6,6 +6,7 @@ import json
 import random
 import secrets
 import select
+import signal
 import socket
 import subprocess
 import threading
@@ -350,8 +351,14 @@ def _was_killed_after_its_failure(work: Work, state: str, logs: Sequence[Mapping
 
 
 def _least(log: Mapping[str, Any], index: int) -> int:
-    """How often an attempt has started an executor for sure: one that has ended was started."""
-    return int(index < len(log.get("logs", [])))
+    """How often an attempt has started an executor for sure: one that has ended was started. One that was stopped may
+    not have come to its first line."""
+    ended = log.get("logs", [])
+    return int(index < len(ended) and not _was_stopped(ended[index]))
+
+
+def _was_stopped(executor: Mapping[str, Any]) -> bool:
+    return executor.get("exit_code", 0) in (128 + signal.SIGTERM, 128 + signal.SIGKILL)
 
 
 def _most(log: Mapping[str, Any], index: int, *, is_last: bool, state: str) -> int:
@@ -371,7 +378,7 @@ def _most(log: Mapping[str, Any], index: int, *, is_last: bool, state: str) -> i
 def _wrong_codes(work: Work, state: str, codes: list[Any], earlier: list[list[Any]]) -> list[str]:
     wanted = {"COMPLETE": [0] * work.executors, "EXECUTOR_ERROR": [0, EXIT_CODE]}.get(state)
     wrong = [f"exit codes {codes} in place of {wanted}"] if wanted is not None and codes != wanted else []
-    if any(each.get("exit_code") for log in earlier for each in log):
+    if any(each.get("exit_code") and not _was_stopped(each) for log in earlier for each in log):
         wrong.append("tried again after an executor had failed")
     return wrong
 

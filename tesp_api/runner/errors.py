@@ -10,6 +10,8 @@ Problem            the job cannot be carried out; `str()` is one clear sentence 
 Stopped            someone asked the job to stop; not a problem, and never logged as one
 """
 
+from typing import Optional
+
 
 class Problem(Exception):
     """One clear sentence, or the part of it after the field's name."""
@@ -44,4 +46,8 @@ class CommandError(EngineError):
 
 
 class Stopped(Exception):
-    """The job is asked to stop: leave what you are doing."""
+    """The job is asked to stop: leave what you are doing. `exit_code`: how the executor ended, if one had begun."""
+
+    def __init__(self, exit_code: Optional[int] = None) -> None:
+        super().__init__()
+        self.exit_code = exit_code

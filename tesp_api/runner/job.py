@@ -208,8 +208,9 @@ class Result(NamedTuple):
     """What became of a job.
 
     `state`: COMPLETE | EXECUTOR_ERROR | SYSTEM_ERROR | CANCELED (words of TES). `executors` holds only those that
-    ended, in order. `started` tells whether any executor was started, so that a retry may be known to be safe.
-    `infrastructure`: the node or its engine failed, not the task, so that another try may help.
+    ended, in order; the last one may have been stopped. `started` tells whether any executor was started, so that a
+    retry may be known to be safe. `infrastructure`: the node or its engine failed, not the task, so that another try
+    may help.
     """
 
     job_id: str

@@ -52,7 +52,8 @@ class Attempt:
         self._start_time = now()
         self._began = time.monotonic()
         self._logs: List[str] = []
-        self._executors: List[job.ExecutorResult] = []
+        self._executors: List[job.ExecutorResult] = []  # that ended by themselves
+        self._stopped: List[job.ExecutorResult] = []  # the one that did not, if any
         self._outputs: List[job.OutputFile] = []
         self._metadata: Dict[str, str] = {}
         self._infrastructure = False  # whether the node or its engine made us fail
@@ -129,6 +130,10 @@ class Attempt:
         except (OSError, EngineError) as error:
             self.note("Files of other users may be left in the job's directory: %s" % error)
 
+    def keep(self, stopped: job.ExecutorResult) -> None:
+        """An executor was stopped: what it had written until then is worth as much as an ended one's."""
+        self._stopped = [stopped]
+
     def begin(self, index: int) -> None:
         """An executor is about to start: say so first, so that `started` is never too late."""
         self._watch.phase("running", index)
@@ -171,7 +176,7 @@ class Attempt:
                 start_time=self._start_time,
                 end_time=now(),
                 started=self._watch.progress.started is not None,
-                executors=self._executors,
+                executors=self._executors + self._stopped,
                 outputs=list(self._outputs),
                 system_logs=self._logs,
                 metadata=self._metadata,
@@ -213,11 +218,14 @@ class Runs:
         except CommandError as error:
             code = error.exit_code
             stderr.write((str(error) + "\n").encode("utf-8", "replace"))
+        except Stopped as stop:
+            if stop.exit_code is not None:
+                self._attempt.keep(_ended(stop.exit_code, started[0], stdout, stderr))
+            raise
         except EngineError:
             self._attempt.watch.check()  # stopped in the middle, an engine may complain; that is not what matters
             raise
         finally:
-            ended = now()
             if stdin is not None:
                 os.close(stdin)
             stdout.close()
@@ -225,7 +233,7 @@ class Runs:
         for name, stream in (("stdout", stdout), ("stderr", stderr)):
             if stream.error is not None:
                 raise Problem("executors[%d].%s could not be stored: %s" % (index, name, stream.error.strerror))
-        return job.ExecutorResult(code, started[0], ended, stdout.text(), stderr.text())
+        return _ended(code, started[0], stdout, stderr)
 
     def _open(self, index: int, executor: job.Executor) -> Tuple[Optional[int], "Stream", "Stream"]:
         from .logs import Stream
@@ -255,6 +263,10 @@ if TYPE_CHECKING:
     from .engines import Engine
     from .logs import Stream
     from .tree import Tree
+
+
+def _ended(code: int, started: str, stdout: "Stream", stderr: "Stream") -> job.ExecutorResult:
+    return job.ExecutorResult(code, started, now(), stdout.text(), stderr.text())
 
 
 def _refuse(code: int, sentence: str) -> int:

@@ -75,10 +75,10 @@ class Watch:
         self._sizes = (0, 0)
         self._streams = stdout, stderr
 
-    def check(self) -> None:
-        """Raise Stopped if the job shall stop."""
+    def check(self, exit_code: Optional[int] = None) -> None:
+        """Raise Stopped if the job shall stop; with the exit code of the executor, if one has just ended."""
         if self.stopped.is_set():
-            raise Stopped()
+            raise Stopped(exit_code)
 
     def sleep(self, seconds: float) -> None:
         """Wait, but not longer than until the wish to stop, which raises Stopped."""

@@ -369,12 +369,12 @@ def test_a_cancel_that_is_there_before_the_start(make: Make, tmp_path: Path) -> 
 
 def test_cancel_while_running(make: Make) -> None:
     made = make(sh("trap '' TERM; echo on; sleep 600 & wait; sleep 600"), sh("exit 0")).start()
-    made.wait_for_phase("running")
-    until(lambda: marked(made.id))
+    until(lambda: (made.progress() or job.Progress("")).stdout == "on\n")
     made.cancel()
     assert made.wait() == 0
     result = made.result()
-    assert (result.state, result.started, result.executors) == ("CANCELED", True, [])
+    assert (result.state, result.started) == ("CANCELED", True)
+    assert [(each.exit_code, each.stdout) for each in result.executors] == [(137, "on\n")]
     assert marked(made.id) == []
 
 
@@ -415,14 +415,15 @@ def test_cancel_stops_a_transfer_that_hangs(make: Make) -> None:
 
 
 def test_the_nodes_own_wish_to_stop_is_no_cancel(make: Make) -> None:
-    made = make(sh("sleep 600")).start()
-    made.wait_for_phase("running")
+    made = make(sh("exit 0"), sh("echo half; exec sleep 600")).start()
+    until(lambda: (made.progress() or job.Progress("")).stdout == "half\n")
     assert made.process is not None
     made.process.send_signal(signal.SIGTERM)
     assert made.wait() == 0
     assert (made.result().state, made.result().started) == ("SYSTEM_ERROR", True)
     assert made.result().infrastructure
     assert "signal 15" in made.result().system_logs[-1]
+    assert [(each.exit_code, each.stdout) for each in made.result().executors] == [(0, ""), (143, "half\n")]
 
 
 @pytest.mark.parametrize("canceled", [False, True])

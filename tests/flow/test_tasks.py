@@ -159,15 +159,21 @@ def test_what_a_running_task_says_is_seen_as_it_grows(flow: Flow) -> None:
 def test_cancel(flow: Flow, moment: str) -> None:
     async def go() -> None:
         async with flow.running() as client:
-            task_id = await create(client, executors=[sh(f"echo $$ > {flow.directory}/pid; sleep 300")])
+            pid_file = flow.directory / "pid"
+            task_id = await create(client, executors=[sh(f"echo half; echo $$ > {pid_file}; sleep 300")])
             if moment != "at once":
                 await until(client, task_id, lambda state: state in (moment, "RUNNING"))
+            async with asyncio.timeout(GUARD):
+                while moment == "RUNNING" and not (pid_file.exists() and pid_file.read_text()):
+                    await asyncio.sleep(0.01)
             answer = await client.post(f"/v1/tasks/{task_id}:cancel")
             assert (answer.status_code, answer.json()) == (200, {})
             task = await until(client, task_id, FINAL.__contains__)
             assert task["state"] == "CANCELED"
-            if (flow.directory / "pid").exists() and (pid := (flow.directory / "pid").read_text().strip()):
+            if pid_file.exists() and (pid := pid_file.read_text().strip()):
                 assert not Path("/proc", pid).exists()
+            if moment == "RUNNING":
+                assert [each["stdout"] for each in task["logs"][0]["logs"]] == ["half\n"], "what it had written is kept"
 
     asyncio.run(go())
 

@@ -157,14 +157,14 @@ def test_scancel_behind_our_back_is_the_infrastructures_fault(slurm: Slurm, serv
 def test_a_job_that_reaches_its_time_limit_is_not_tried_again(slurm: Slurm, server: PulsarServer) -> None:
     async def main() -> None:
         async with site_at(server) as site:
-            plan = new_plan("sleep", "600")._replace(time_limit=1)  # a minute, Slurm's least
+            plan = new_plan("sh", "-c", "echo half; exec sleep 600")._replace(time_limit=1)  # a minute, Slurm's least
             await site.submit(plan)
             await running(site, plan.job_id, within=PATIENCE)
             result = await ended(site, plan.job_id, within=300)
             assert result.result is not None
             assert (result.result.state, result.result.infrastructure) == ("SYSTEM_ERROR", False)
             assert "time limit" in result.result.system_logs[-1]
-            assert result.result.executors == []
+            assert [each.stdout for each in result.result.executors] == ["half\n"]
             await in_state(slurm, plan, "TIMEOUT")
 
     asyncio.run(main())

@@ -225,15 +225,17 @@ def test_links_and_devices_left_by_root_in_the_container(make: Make, tmp_path: P
 
 @pytest.mark.parametrize("stubborn", [False, True])
 def test_cancel(make: Make, stubborn: bool) -> None:
-    script = "trap '' TERM; while :; do sleep 1; done" if stubborn else "sleep 600"
+    write = "echo a; echo b >&2; "
+    script = write + ("trap '' TERM; while :; do sleep 1; done" if stubborn else "sleep 600")
     made = make(sh(script), sh("exit 0")).start()
-    made.wait_for_phase("running")
-    until(lambda: containers(made))
+    until(lambda: (progress := made.progress()) and progress.stdout and progress.stderr)
     made.cancel()
     until(made.has_result)
     assert containers(made) == []
     assert made.wait() == 0
-    assert (made.result().state, made.result().started, made.result().executors) == ("CANCELED", True, [])
+    assert (made.result().state, made.result().started) == ("CANCELED", True)
+    (stopped,) = made.result().executors
+    assert (stopped.stdout, stopped.stderr, stopped.exit_code) == ("a\n", "b\n", 137)  # process 1 hears no SIGTERM
 
 
 def test_cancel_before_the_start(make: Make) -> None:

@@ -51,7 +51,8 @@ class Engine:
     def run(self, run: Run) -> int:
         """Carry out one executor, its image fetched if it is missing: the exact exit code (128 + N for signal N).
 
-        CommandError if its command cannot be executed. After the wish to stop, Stopped, with nothing left running.
+        CommandError if its command cannot be executed. After the wish to stop, Stopped, with nothing left running
+        and the code with which the executor ended, if it had begun.
         """
         raise NotImplementedError
 

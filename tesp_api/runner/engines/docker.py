@@ -254,7 +254,7 @@ class _Execution:
             raise EngineLost("executors[%d]: the connection to Docker broke: %s" % (self._run.number, reason(error)))
         finally:
             self._ended.set()
-        self._watch.check()
+        self._watch.check(code)
         return code
 
     def _attach(self, connection: Connection) -> None:

@@ -40,10 +40,10 @@ def execute(
         hearing.drain(_DRAIN)
         hearing.close()
     if batch.inside():
-        setting.watch.sleep(_SETTLE)
-    setting.watch.check()
-    code = process.returncode
-    return 128 - code if code < 0 else code
+        setting.watch.stopped.wait(_SETTLE)
+    code = 128 - process.returncode if process.returncode < 0 else process.returncode
+    setting.watch.check(code)
+    return code
 
 
 def _spawn(
