@@ -131,15 +131,10 @@ def embedded_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
         asyncio.run_coroutine_threadsafe(owner.__aexit__(None, None, None), loop).result()
 
 
-@pytest.fixture(
-    params=[
-        "local",
-        pytest.param("rest", marks=pytest.mark.service),
-        pytest.param("amqp", marks=pytest.mark.service),
-        pytest.param("relay", marks=pytest.mark.service),
-        pytest.param("embedded", marks=pytest.mark.service),
-    ]
-)
+PULSARS = [pytest.param(name, marks=pytest.mark.service) for name in ("rest", "amqp", "relay", "embedded")]
+
+
+@pytest.fixture(params=["local", *PULSARS])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     runner = standin.bundle()
     if request.param == "local":
@@ -542,6 +537,36 @@ async def test_thirty_jobs_at_once(place: Place, site: Site) -> None:
     assert done == {job_id: f"{number}\n" for job_id, number in ids.items()}
     await asyncio.gather(*(forgotten(site, each) for each in ids))
     assert not any((place.jobs / each).exists() for each in ids)
+
+
+@pytest.mark.parametrize("place", PULSARS, indirect=True)
+def test_a_launch_that_was_cut_off_is_no_sign_of_life(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Pulsar that was killed in the middle of a launch, before the process began, calls the job queued ever after."""
+    job_id = new_plan().job_id
+    directory = place.jobs / job_id
+    for name in ("configs", "inputs", "metadata", "outputs", "tool_files", "working"):
+        (directory / name).mkdir(parents=True)
+    for name, text in {"tool_id": '""', "tool_version": '""', "preprocessed": "true", "submitted": '"true"'}.items():
+        (directory / name).write_text(text)
+    (directory / "metadata" / "progress.json").write_bytes(documents.dump(Progress(job_id)))
+
+    async def main() -> None:
+        async with place.open() as site:
+            for _ in range(2):
+                (seen,) = await site.observe([job_id])
+                assert seen.phase is Phase.WAITING, "it may be about to begin"
+            monkeypatch.setattr("tesp_api.sites.pulsar.site.STILL", -1000.0)
+            await phase(site, job_id, Phase.RUNNING)
+            (seen,) = await site.observe([job_id])
+            assert (seen.phase, seen.result) == (Phase.RUNNING, None)
+            assert seen.progress is not None
+            assert seen.progress.beat == 0
+            await site.cancel(job_id, force=True)
+            await phase(site, job_id, Phase.ENDED, Phase.UNKNOWN)
+            await until(lambda: site.forget(job_id, force=True), "nothing is left")
+            assert not directory.exists()
+
+    asyncio.run(main())
 
 
 def test_jobs_outlive_the_service(place: Place) -> None:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvloop
 
 from tesp_api.errors import SiteClosed, SiteRefused, SiteUnavailable
 from tesp_api.runner.bundle import pseudo_job
 from tesp_api.runner.job import EXIT_DAMAGED_RUNNER, EXIT_NO_RUNNER, Input
 from tesp_api.sites import SiteFacts
 from tesp_api.sites.pulsar import messages
-from tesp_api.sites.pulsar.rest import RestCarrier
+from tesp_api.sites.pulsar.rest import CONTROLS, RestCarrier
 from tesp_api.sites.pulsar.site import PulsarSite
 from tesp_api.task import Phase
 from tests import standin
@@ -504,6 +505,29 @@ def test_stuck_transfers_leave_room_for_control() -> None:
         listener.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_callers_that_give_up_cost_no_connection(
+    server: PulsarServer, loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """However far their requests were: many leases run out at once where a site takes long with each of many jobs."""
+
+    async def main() -> None:
+        async with RestCarrier(server.url, private_token=server.token) as carrier:
+            for steps in [*range(10)] * 5:
+                asked = [asyncio.create_task(carrier.status("nobody")) for _ in range(3 * CONTROLS)]
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                for each in asked:
+                    each.cancel()
+                await asyncio.gather(*asked, return_exceptions=True)
+            async with asyncio.timeout(60):
+                seen = await asyncio.gather(*(carrier.status("nobody") for _ in range(3 * CONTROLS)))
+            assert [each.state for each in seen if each is not None] == [messages.LOST] * 3 * CONTROLS
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(main())
 
 
 def test_answers_longer_than_allowed_are_dropped(server: PulsarServer) -> None:

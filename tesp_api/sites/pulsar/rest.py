@@ -95,6 +95,7 @@ class RestCarrier:
         self._transfers = asyncio.Semaphore(TRANSFERS)
         self._stack = AsyncExitStack()
         self._client: httpx.AsyncClient | None = None
+        self._under_way = set[asyncio.Task[Answer]]()
         self._warned = False
 
     async def __aenter__(self) -> Self:
@@ -109,6 +110,9 @@ class RestCarrier:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._client = None
+        for request in self._under_way:
+            request.cancel()
+        await asyncio.gather(*self._under_way, return_exceptions=True)
         await self._stack.aclose()
 
     # The carrier's verbs
@@ -251,29 +255,53 @@ class RestCarrier:
         limit: int = 1024 * 1024,
         transfer: bool,
     ) -> Answer:
+        """One request, which takes its own time however little its caller has: broken off in the middle, it would cost
+        the pool of connections one for ever."""
         if self._gate is not None:
             await self._gate()
+        turns = self._transfers if transfer else self._controls
+        await turns.acquire()
+        timeout = self._transfer_timeout if transfer else self._timeout
+        request = asyncio.create_task(self._exchange(method, path, query, content, limit, timeout))
+        self._under_way.add(request)
+        request.add_done_callback(lambda done: self._exchanged(done, turns))
+        return await asyncio.shield(request)
+
+    def _exchanged(self, request: asyncio.Task[Answer], turns: asyncio.Semaphore) -> None:
+        turns.release()
+        self._under_way.discard(request)
+        if not request.cancelled():
+            request.exception()  # whoever asked may have gone
+
+    async def _exchange(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str],
+        content: bytes | None,
+        limit: int,
+        timeout: httpx.Timeout,
+    ) -> Answer:
         if self._client is None:
             raise SiteUnavailable(f"{self.where} is not in use any more.", unsent=True)
-        async with self._transfers if transfer else self._controls:
-            try:
-                async with self._client.stream(
-                    method,
-                    path,
-                    content=content,
-                    headers={"Accept-Encoding": "identity"},
-                    timeout=self._transfer_timeout if transfer else self._timeout,
-                    extensions={"pulsar_query": self._encoded(query)},
-                ) as response:
-                    return Answer(response.status_code, await _bounded(response, limit))
-            except httpx.ConnectError as error:
-                raise SiteUnavailable(f"{self.where} cannot be reached: {error}", unsent=True) from error
-            except httpx.TimeoutException as error:
-                raise SiteUnavailable(f"{self.where} did not answer in time.") from error
-            except httpx.RemoteProtocolError as error:
-                raise SiteUnavailable(f"{self.where} closed the connection without an answer.") from error
-            except httpx.TransportError as error:
-                raise SiteUnavailable(f"The connection to {self.where} broke: {type(error).__name__}.") from error
+        try:
+            async with self._client.stream(
+                method,
+                path,
+                content=content,
+                headers={"Accept-Encoding": "identity"},
+                timeout=timeout,
+                extensions={"pulsar_query": self._encoded(query)},
+            ) as response:
+                return Answer(response.status_code, await _bounded(response, limit))
+        except httpx.ConnectError as error:
+            raise SiteUnavailable(f"{self.where} cannot be reached: {error}", unsent=True) from error
+        except httpx.TimeoutException as error:
+            raise SiteUnavailable(f"{self.where} did not answer in time.") from error
+        except httpx.RemoteProtocolError as error:
+            raise SiteUnavailable(f"{self.where} closed the connection without an answer.") from error
+        except httpx.TransportError as error:
+            raise SiteUnavailable(f"The connection to {self.where} broke: {type(error).__name__}.") from error
 
     def _good(self, answer: Answer, what: str) -> Answer:
         """The answer if it is a 200, else its error; the body is not quoted, because it may repeat the query."""
