@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -116,9 +116,9 @@ def idle(directory: Path, name: str, count: int, seconds: float) -> None:
         with ThreadPoolExecutor(8) as pool:
             ids = list(pool.map(lambda _: bench.post(client, task), range(count)))
         until(lambda: list(running.service.states().values()).count("RUNNING") == count, 60 + count, "all run")
-        before = cpu(running)
+        before = cpu(running, directory)
         time.sleep(seconds)
-        after = cpu(running)
+        after = cpu(running, directory)
         shares = ", ".join(f"{part} {(after[part] - before[part]) / seconds * 100:.1f} %" for part in before)
         print(f"{name:12} {count} running jobs, for {seconds:.0f} s of a core: {shares}", flush=True)
         with ThreadPoolExecutor(8) as pool:
@@ -126,10 +126,22 @@ def idle(directory: Path, name: str, count: int, seconds: float) -> None:
         until(lambda: set(running.service.states().values()) == {"CANCELED"}, 60 + count, "all canceled")
 
 
-def cpu(running: Carried) -> dict[str, float]:
-    """Seconds of CPU that each part has used: the service, and what stands behind its site."""
-    parts = {"service": [running.service.pid], **running.place.processes()}
+def cpu(running: Carried, directory: Path) -> dict[str, float]:
+    """Seconds of CPU that each part has used: the service, what stands behind its site, and the jobs' runners."""
+    parts = {"service": [running.service.pid], **running.place.processes(), "runners": _runners(directory)}
     return {part: sum(map(_seconds, pids)) for part, pids in parts.items()}
+
+
+def _runners(directory: Path) -> list[int]:
+    """The runners of the jobs that lie below the directory."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # another's, or gone meanwhile
+            if b"runner.pyz" in (entry / "cmdline").read_bytes() and (entry / "cwd").resolve().is_relative_to(
+                directory
+            ):
+                found.append(int(entry.name))
+    return found
 
 
 def _seconds(pid: int) -> float:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -40,6 +41,13 @@ MOST_KILLS = 10_000
 """Kills of earlier attempts that are under way, or whose outcome the next submit of their task takes up."""
 
 
+MOST_SUBMITS = 64
+"""Submits under way at one site. What is assigned beyond that would wait in a line, and its lease run out there."""
+
+FEW_SUBMITS = 32
+"""As few as that must be under way until a site with the most of them gets more."""
+
+
 class Dispatcher:
     """Sends due QUEUED tasks to sites with room.
 
@@ -65,6 +73,8 @@ class Dispatcher:
         self._policies = policies
         self._lease = min((policy.lease for policy in policies.values()), default=Policy().lease)
         self._submitting: set[asyncio.Task[None]] = set()
+        self._in_hand = Counter[str]()  # submits under way, by site
+        self._busy: frozenset[str] = frozenset()  # sites with the most of these
         self._kills: dict[str, asyncio.Task[Exception | None]] = {}  # that took long, by job id
         self._tokens: dict[str, str] = {}  # of jobs about to be submitted for the first time
         self._clock = clock
@@ -99,7 +109,7 @@ class Dispatcher:
     async def _place(self) -> int:
         """Rounds, each without the lanes that found no room in those before."""
         loads, now = dict(await self._store.loads()), self._clock()
-        if not self._queue.look((loads, self._health.changes), now):
+        if not self._queue.look(self._world(loads), now):
             return 0
         looked_at = assigned = 0
         while looked_at < MOST and (limit := self._queue.limit(self._room(loads))):
@@ -112,13 +122,21 @@ class Dispatcher:
             looked_at += len(tasks)
             if len(tasks) < limit or (not self._queue.went() and looked_at >= BATCH):
                 break
-        self._queue.looked((loads, self._health.changes), self._room(loads))
+        self._queue.looked(self._world(loads), self._room(loads))
         return assigned
 
+    def _world(self, loads: Mapping[str, Load]) -> object:
+        """All that decides who finds room."""
+        return loads, self._health.changes, self._busy
+
     def _room(self, loads: Mapping[str, Load]) -> int:
-        """How many jobs the sites that take any may still hold."""
+        """How many jobs the sites that take any now may still get."""
         takers = [facts for facts in self._facts if not facts.draining and self._health.takes(facts.name)]
-        return sum(place.room(facts, loads.get(facts.name, Load())) for facts in takers)
+        return sum(
+            min(place.room(facts, loads.get(facts.name, Load())), MOST_SUBMITS - self._in_hand[facts.name])
+            for facts in takers
+            if facts.name not in self._busy
+        )
 
     def _is_due(self, due_at: float | None) -> bool:
         return due_at is not None and due_at <= self._clock()
@@ -161,13 +179,13 @@ class Dispatcher:
     async def _assign(self, task: Task, loads: dict[str, Load]) -> bool:
         now, lane = self._clock(), lane_of(task.spec)
         need = place.need_of(task.spec)
-        choice = place.choose(self._facts, loads, need, self._health.takes)
+        choice = place.choose(self._facts, loads, need, self._health.takes, self._busy)
         if choice.site is None and choice.reason:
             await record(self._store, task, lambda task: _misfit(task, now, choice.reason))
             return False
         if choice.site is None:
             pause = 0.0 if self._queue.block(lane) else OFF_FOR
-            line = await self._waits.line(task, choice, self._health.why, now)
+            line = "" if choice.busy else await self._waits.line(task, choice, self._health.why, now)
             await record(self._store, task, lambda task: lifecycle.hold(task, now, line, pause=pause))
             return False
         name, policy = choice.site.name, self._policies[choice.site.name]
@@ -184,11 +202,17 @@ class Dispatcher:
         self._health.sends(name)
         under_way = asyncio.create_task(self.submit(taken, fresh=True), name=f"submit {task.id}")
         self._submitting.add(under_way)
-        under_way.add_done_callback(self._submitted)
+        self._in_hand[name] += 1
+        if self._in_hand[name] >= MOST_SUBMITS:
+            self._busy |= {name}
+        under_way.add_done_callback(lambda done: self._submitted(done, name))
         return True
 
-    def _submitted(self, under_way: asyncio.Task[None]) -> None:
+    def _submitted(self, under_way: asyncio.Task[None], site: str) -> None:
         self._submitting.discard(under_way)
+        self._in_hand[site] -= 1
+        if self._in_hand[site] <= FEW_SUBMITS:
+            self._busy -= {site}
         if not under_way.cancelled() and (error := under_way.exception()) is not None:
             # The lease brings the task back; nothing is lost.
             log.error("%s failed", under_way.get_name(), exc_info=error)

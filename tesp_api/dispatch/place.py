@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tesp_api.parameters import Wishes, labels, read_wishes
@@ -27,13 +27,14 @@ class Need:
 @dataclass(frozen=True)
 class Choice:
     """A site; or why none will ever do, as a sentence; or those that would do but are full, take no jobs now, or shall
-    get no more."""
+    get no more. `busy`: some would have room, but have enough to take in at this moment."""
 
     site: SiteFacts | None = None
     reason: str = ""
     full: tuple[str, ...] = ()
     down: tuple[str, ...] = ()
     draining: tuple[str, ...] = ()
+    busy: bool = False
 
 
 def need_of(spec: TesTask) -> Need:
@@ -95,9 +96,13 @@ def room(facts: SiteFacts, load: Load) -> int:
 
 
 def choose(
-    sites: Sequence[SiteFacts], loads: Mapping[str, Load], need: Need, takes: Callable[[str], bool] = lambda site: True
+    sites: Sequence[SiteFacts],
+    loads: Mapping[str, Load],
+    need: Need,
+    takes: Callable[[str], bool] = lambda site: True,
+    busy: Collection[str] = (),
 ) -> Choice:
-    """The least loaded of the sites that fit, have room, and take jobs."""
+    """The least loaded of the sites that fit, have room, take jobs and are not `busy`."""
     zoned = any(facts.zones for facts in sites)
     misfits = {facts.name: misfit(facts, need, zoned=zoned) for facts in sites}
     fitting = [facts for facts in sites if misfits[facts.name] is None]
@@ -105,13 +110,14 @@ def choose(
         return Choice(reason=_sentence(misfits, need))
     open_to_us = [facts for facts in fitting if not facts.draining]
     up = [facts for facts in open_to_us if takes(facts.name)]
-    free = [facts for facts in up if has_room(facts, loads.get(facts.name, Load()), need)]
-    if free:
+    roomy = [facts for facts in up if has_room(facts, loads.get(facts.name, Load()), need)]
+    if free := [facts for facts in roomy if facts.name not in busy]:
         return Choice(min(free, key=lambda facts: (share(facts, loads.get(facts.name, Load())), facts.name)))
     return Choice(
-        full=tuple(facts.name for facts in up),
+        full=tuple(facts.name for facts in up if facts not in roomy),
         down=tuple(facts.name for facts in open_to_us if facts not in up),
         draining=tuple(facts.name for facts in fitting if facts.draining),
+        busy=bool(roomy),
     )
 
 

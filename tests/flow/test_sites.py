@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 from typing import Any
 
+from tesp_api.dispatch.dispatcher import MOST_SUBMITS
 from tesp_api.dispatch.health import FAILURES
 from tesp_api.errors import SiteClosed, SiteUnavailable
 from tesp_api.lifecycle import assign
@@ -287,6 +289,26 @@ async def test_a_site_that_is_drained(world: World) -> None:
 
 
 # Nobody holds up the others
+
+
+@on(A, B)
+async def test_a_site_gets_no_more_at_a_time_than_it_takes_in(world: World) -> None:
+    """In a longer line leases would run out, and the site would be blamed for it."""
+    slow, other = world.sites["a"], world.sites["b"]
+    slow.gate = asyncio.Event()
+    tasks = await world.add(3 * MOST_SUBMITS, **at("a"))
+    await world.add(5, **at("b"))
+    for _ in range(10):
+        await world.dispatcher.tick()
+        world.now += 1
+    assert (slow.submits.total(), other.submits.total()) == (MOST_SUBMITS, 5)
+    assert [await world.lines(task) for task in tasks] == [""] * len(tasks), "there is nothing to be said about that"
+    slow.gate.set()
+    await world.dispatcher.drain()
+    for _ in range(10):
+        await world.dispatcher.tick()
+        await world.dispatcher.drain()
+    assert slow.submits == {f"{task.id}-1": 1 for task in tasks}
 
 
 @on(A, B)

@@ -97,6 +97,14 @@ def test_a_site_that_is_drained_gets_nothing_more() -> None:
     assert (choice.site, choice.reason, choice.full, choice.down, choice.draining) == (None, "", (), (), ("a",))
 
 
+def test_a_busy_site_is_not_full() -> None:
+    sites = [SiteFacts(name="a"), SiteFacts(name="b", max_jobs=1)]
+    choice = choose(sites, {"b": Load(1, 0, 0)}, task(), busy={"a"})
+    assert (choice.site, choice.busy, choice.full, choice.down) == (None, True, ("b",), ())
+    assert choose(sites, {}, task(), busy={"a"}).site is sites[1]
+    assert not choose(sites, {"b": Load(1, 0, 0)}, task({"site": "b"}), busy={"a", "b"}).busy
+
+
 def test_lanes() -> None:
     """Tasks of one lane wait for the same sites."""
 
