@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from .report import Reporter
 
 LOOK = 0.1
-"""Seconds between two looks for an answer."""
+LONGEST_LOOK = 0.5
+"""Seconds between two looks for an answer: at first, and once the job is old. A node may hold hundreds of jobs."""
+
+CALM = 0.02
+"""The part of its age for which an old job waits from one look to the next."""
 
 BEAT = 3.0
 """Seconds between two heartbeats."""
@@ -39,6 +43,7 @@ class Watch:
         self._lock = threading.Lock()
         self._hooks: List[Callable[[], None]] = []
         self._closed = threading.Event()
+        self._wake = threading.Event()  # there is something to see at once
         self._stuck: Optional[Callable[[], None]] = None
         self._streams: Optional["Tuple[Stream, Stream]"] = None
         self._sizes = (0, 0)
@@ -97,6 +102,7 @@ class Watch:
     def close(self, result: job.Result) -> None:
         """Stop watching and say `done`: `result` is written."""
         self._closed.set()
+        self._wake.set()
         self._streams = None
         with self._lock:
             self.progress = self.progress._replace(phase="done", stdout="", stderr="", stdout_bytes=0, stderr_bytes=0)
@@ -110,6 +116,7 @@ class Watch:
         if answer.cancel and not self.stopped.is_set():
             self._directory.note_cancel()
             self.stopped.set()
+            self._wake.set()
 
     def _take_tails(self) -> bool:
         """Put the ends of the streams into the progress; whether there is more in them."""
@@ -139,9 +146,12 @@ class Watch:
                 pass  # a full disk: the service sees a silent job, the result will say more
 
     def _loop(self) -> None:
-        beat = time.monotonic()
+        began = beat = time.monotonic()
         tails = beat - TAILS
-        while not self._closed.wait(LOOK):
+        while True:
+            self._wake.wait(min(max(LOOK, CALM * (time.monotonic() - began)), LONGEST_LOOK))
+            if self._closed.is_set():
+                break
             if not self.stopped.is_set() and self._directory.cancel_asked():
                 self.stopped.set()
             if self.stopped.is_set():
