@@ -111,42 +111,51 @@ def rates(every: Sequence[Carried], count: int, parallel: int) -> None:
 def idle(directory: Path, name: str, count: int, seconds: float) -> None:
     """CPU of the service and of what stands behind the site while `count` jobs sleep."""
     task: dict[str, object] = {"executors": [{"image": bench.IMAGE, "command": ["sleep", "86400"]}]}
-    with Carried(directory, name, max_jobs=count, runtime="host") as running:
+    with ExitStack() as stack:
+        running = stack.enter_context(Carried(directory, name, max_jobs=count, runtime="host"))
+        stack.callback(end, directory)
         client = client_of(running)
         with ThreadPoolExecutor(8) as pool:
             ids = list(pool.map(lambda _: bench.post(client, task), range(count)))
         until(lambda: list(running.service.states().values()).count("RUNNING") == count, 60 + count, "all run")
-        before = cpu(running, directory)
+        parts = {"service": [running.service.pid], **running.place.processes(), "runners": runners(directory)}
+        before = {part: cpu(pids) for part, pids in parts.items()}
         time.sleep(seconds)
-        after = cpu(running, directory)
-        shares = ", ".join(f"{part} {(after[part] - before[part]) / seconds * 100:.1f} %" for part in before)
+        after = {part: cpu(pids) for part, pids in parts.items()}
+        used = {part: sum(after[part][pid] - before[part][pid] for pid in after[part]) for part in parts}
+        shares = ", ".join(f"{part} {each / seconds * 100:.1f} %" for part, each in used.items())
         print(f"{name:12} {count} running jobs, for {seconds:.0f} s of a core: {shares}", flush=True)
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(running.service.cancel, ids))
         until(lambda: set(running.service.states().values()) == {"CANCELED"}, 60 + count, "all canceled")
 
 
-def cpu(running: Carried, directory: Path) -> dict[str, float]:
-    """Seconds of CPU that each part has used: the service, what stands behind its site, and the jobs' runners."""
-    parts = {"service": [running.service.pid], **running.place.processes(), "runners": _runners(directory)}
-    return {part: sum(map(_seconds, pids)) for part, pids in parts.items()}
-
-
-def _runners(directory: Path) -> list[int]:
+def runners(directory: Path) -> list[int]:
     """The runners of the jobs that lie below the directory."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # another's, or gone meanwhile
-            if b"runner.pyz" in (entry / "cmdline").read_bytes() and (entry / "cwd").resolve().is_relative_to(
-                directory
-            ):
+        with suppress(OSError):  # gone meanwhile
+            is_runner = b"runner.pyz" in (entry / "cmdline").read_bytes()
+            if is_runner and (entry / "cwd").resolve().is_relative_to(directory):
                 found.append(int(entry.name))
     return found
 
 
-def _seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def end(directory: Path) -> None:
+    """Kill what is left of the jobs when something went wrong; their reapers do the rest."""
+    for pid in runners(directory):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def cpu(pids: Sequence[int]) -> dict[int, float]:
+    """Seconds of CPU that each of the processes has used, as far as they live."""
+    used = {}
+    for pid in pids:
+        with suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            used[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return used
 
 
 if __name__ == "__main__":
