@@ -516,8 +516,15 @@ def test_a_launch_without_an_end_is_no_sign_of_life(tmp_path: Path, batch: bool)
             (seen,) = await site.observe(["t-1"])
             assert (seen.phase, post.errands) == (Phase.WAITING, 1)
         site._pulses["t-1"].since -= 1000
+        if batch:
+            site._waiting_since["t-1"] = site._seen["t-1"].at - 1000
+            site.freshen(["t-1"])
         (seen,) = await site.observe(["t-1"])
         assert seen.phase is (Phase.WAITING if batch else Phase.RUNNING)
+        if batch:
+            assert post.errands == 2, "one for the progress, none for a result"
+            (seen,) = await site.observe(["t-1"])
+            assert (seen.phase, post.errands) == (Phase.WAITING, 2), "not each time"
 
     with_pulsar(test, tmp_path)
 

@@ -286,22 +286,23 @@ class PulsarSite:
         if self._carrier.by_mail and status.state in WAITING and not self._waits_long(job_id):
             return Observation(job_id=job_id, phase=Phase.WAITING)
         progress = await (self._latest(job_id) if self._carrier.by_mail else self._progress(job_id))
-        result = None
-        # By mail the end is about to be told, with the result.
-        done = progress is not None and progress.phase == "done" and not self._carrier.by_mail
-        still = self._is_still(job_id, progress)
-        if done or still:
-            result = await self._result(job_id)
-        if result is not None:
-            return self._end(Observation(job_id=job_id, phase=Phase.ENDED, progress=progress, result=result))
         # A Pulsar that could not take a job up again may call it queued for ever; what has begun has a pulse.
         begun = progress is not None and progress.phase != "waiting"
+        queued = status.state in WAITING and not begun
+        still = self._is_still(job_id, progress)
+        if queued and self.facts.batch:
+            self._waiting_since.pop(job_id, None)  # its queue may be long: look again after a while, not each time
+            return Observation(job_id=job_id, phase=Phase.WAITING, progress=progress)
+        # By mail the end is about to be told, with the result.
+        done = progress is not None and progress.phase == "done" and not self._carrier.by_mail
+        result = await self._result(job_id) if done or still else None
+        if result is not None:
+            return self._end(Observation(job_id=job_id, phase=Phase.ENDED, progress=progress, result=result))
         if begun and not self._carrier.by_mail:
             self._active_at[job_id] = time.monotonic()
-        # So is one in whose launch Pulsar was killed; only behind a batch system is the queue long.
-        never = still and not self.facts.batch
-        queued = status.state in WAITING and not begun and not never
-        return Observation(job_id=job_id, phase=Phase.WAITING if queued else Phase.RUNNING, progress=progress)
+        # One in whose launch Pulsar was killed is called queued for ever, too.
+        phase = Phase.WAITING if queued and not still else Phase.RUNNING
+        return Observation(job_id=job_id, phase=phase, progress=progress)
 
     async def _ended(self, job_id: str, status: Status) -> Observation:
         code = status.returncode if status.state == "complete" else None
