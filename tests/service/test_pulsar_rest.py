@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -528,6 +529,47 @@ def test_callers_that_give_up_cost_no_connection(
 
     with asyncio.Runner(loop_factory=loop) as runner:
         runner.run(main())
+
+
+def test_answers_that_never_end_block_nobody_for_ever() -> None:
+    """Each byte comes in time, and so the client's own timeouts never end it."""
+
+    async def main() -> None:
+        body = b'{"status": "running", "complete": "false"}'
+        dripping = 0
+        handlers: list[asyncio.Task[None] | None] = []
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal dripping
+            handlers.append(asyncio.current_task())
+            with suppress(OSError, asyncio.IncompleteReadError):
+                while True:
+                    await reader.readuntil(b"\r\n\r\n")
+                    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body))
+                    if dripping < CONTROLS:
+                        dripping += 1
+                        while True:
+                            writer.write(b" ")
+                            await writer.drain()
+                            await asyncio.sleep(0.02)
+                    writer.write(body)
+                    await writer.drain()
+            writer.close()
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as listener:
+            port = listener.sockets[0].getsockname()[1]
+            async with RestCarrier(f"http://127.0.0.1:{port}", timeout=0.5) as carrier, asyncio.timeout(60):
+                body = b" " * 1000 + body
+                stuck = [asyncio.create_task(carrier.status(f"j{n}")) for n in range(CONTROLS)]
+                for each in await asyncio.gather(*stuck, return_exceptions=True):
+                    assert isinstance(each, SiteUnavailable)
+                    assert "in time" in str(each)
+                body = body.strip()
+                for _ in range(2 * CONTROLS):
+                    assert (await carrier.status("a-1")).state == "running"  # type: ignore[union-attr]
+            await asyncio.gather(*(each for each in handlers if each is not None))
+
+    asyncio.run(main())
 
 
 def test_answers_longer_than_allowed_are_dropped(server: PulsarServer) -> None:

@@ -36,6 +36,10 @@ TRANSFERS: Final = 2
 QUERY: Final = 7000
 """Longest query, encoded: proxies between us and Pulsar often stop at 8 kB."""
 
+LONGEST_CONTROL: Final = 3.0
+LONGEST_TRANSFER: Final = 10.0
+"""How many times its timeout, which is for each step of it, a request may take altogether."""
+
 ANSWER_BYTES: Final = 64 * 1024 * 1024
 """Longest answer to a status request: it holds the result and lists of files."""
 
@@ -261,8 +265,7 @@ class RestCarrier:
             await self._gate()
         turns = self._transfers if transfer else self._controls
         await turns.acquire()
-        timeout = self._transfer_timeout if transfer else self._timeout
-        request = asyncio.create_task(self._exchange(method, path, query, content, limit, timeout))
+        request = asyncio.create_task(self._exchange(method, path, query, content, limit, transfer))
         self._under_way.add(request)
         request.add_done_callback(lambda done: self._exchanged(done, turns))
         return await asyncio.shield(request)
@@ -280,23 +283,28 @@ class RestCarrier:
         query: Mapping[str, str],
         content: bytes | None,
         limit: int,
-        timeout: httpx.Timeout,
+        transfer: bool,
     ) -> Answer:
         if self._client is None:
             raise SiteUnavailable(f"{self.where} is not in use any more.", unsent=True)
+        timeout = self._transfer_timeout if transfer else self._timeout
+        longest = (timeout.read or 0.0) * (LONGEST_TRANSFER if transfer else LONGEST_CONTROL)
         try:
-            async with self._client.stream(
-                method,
-                path,
-                content=content,
-                headers={"Accept-Encoding": "identity"},
-                timeout=timeout,
-                extensions={"pulsar_query": self._encoded(query)},
-            ) as response:
+            async with (
+                asyncio.timeout(longest),  # an answer may come byte by byte; by then the connection stands
+                self._client.stream(
+                    method,
+                    path,
+                    content=content,
+                    headers={"Accept-Encoding": "identity"},
+                    timeout=timeout,
+                    extensions={"pulsar_query": self._encoded(query)},
+                ) as response,
+            ):
                 return Answer(response.status_code, await _bounded(response, limit))
         except httpx.ConnectError as error:
             raise SiteUnavailable(f"{self.where} cannot be reached: {error}", unsent=True) from error
-        except httpx.TimeoutException as error:
+        except (httpx.TimeoutException, TimeoutError) as error:
             raise SiteUnavailable(f"{self.where} did not answer in time.") from error
         except httpx.RemoteProtocolError as error:
             raise SiteUnavailable(f"{self.where} closed the connection without an answer.") from error
