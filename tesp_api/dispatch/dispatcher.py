@@ -122,21 +122,30 @@ class Dispatcher:
             looked_at += len(tasks)
             if len(tasks) < limit or (not self._queue.went() and looked_at >= BATCH):
                 break
-        self._queue.looked(self._world(loads), self._room(loads))
+        self._queue.looked(self._world(loads), full=self._is_full(loads))
         return assigned
 
     def _world(self, loads: Mapping[str, Load]) -> object:
         """All that decides who finds room."""
         return loads, self._health.changes, self._busy
 
+    def _takers(self) -> list[SiteFacts]:
+        return [facts for facts in self._facts if not facts.draining and self._health.takes(facts.name)]
+
+    def _is_full(self, loads: Mapping[str, Load]) -> bool:
+        return not any(place.room(facts, loads.get(facts.name, Load())) for facts in self._takers())
+
     def _room(self, loads: Mapping[str, Load]) -> int:
-        """How many jobs the sites that take any now may still get."""
-        takers = [facts for facts in self._facts if not facts.draining and self._health.takes(facts.name)]
+        """How many jobs the sites may get just now."""
         return sum(
             min(place.room(facts, loads.get(facts.name, Load())), MOST_SUBMITS - self._in_hand[facts.name])
-            for facts in takers
+            for facts in self._takers()
             if facts.name not in self._busy
         )
+
+    def _waits_for_sites(self) -> bool:
+        """Whether new tasks are of no interest as long as nothing changes at the sites."""
+        return self._queue.full or all(facts.name in self._busy for facts in self._takers())
 
     def _is_due(self, due_at: float | None) -> bool:
         return due_at is not None and due_at <= self._clock()
@@ -145,11 +154,11 @@ class Dispatcher:
         """New tasks, but only room when there is none: a burst of creates must not cost a look each."""
         if self._elsewhere:
             return Ring(0)
-        return Ring.ROOM if self._queue.full else Ring.QUEUED | Ring.ROOM
+        return Ring.ROOM if self._waits_for_sites() else Ring.QUEUED | Ring.ROOM
 
     async def next_due(self) -> float | None:
         """The oldest task that may find room, unless all sites are full: then the end of another rings the bell."""
-        if self._queue.full or self._elsewhere:
+        if self._elsewhere or self._waits_for_sites():
             return None
         due_at = await self._store.next_due(queued=True, skip=self._queue.passed_over())
         return None if due_at is None else max(due_at, self._queue.rests_until)
@@ -211,8 +220,10 @@ class Dispatcher:
     def _submitted(self, under_way: asyncio.Task[None], site: str) -> None:
         self._submitting.discard(under_way)
         self._in_hand[site] -= 1
-        if self._in_hand[site] <= FEW_SUBMITS:
+        if site in self._busy and self._in_hand[site] <= FEW_SUBMITS:
             self._busy -= {site}
+            self._queue.reopen()
+            self._store.bell.ring(Ring.ROOM)
         if not under_way.cancelled() and (error := under_way.exception()) is not None:
             # The lease brings the task back; nothing is lost.
             log.error("%s failed", under_way.get_name(), exc_info=error)
@@ -326,12 +337,16 @@ class Dispatcher:
         earlier = [each for each in lifecycle.running_on(task) if each.site in self._sites]
         if not earlier:
             return
-        errors = await asyncio.gather(*(self._kill(each, policy) for each in earlier))
+        errors = await asyncio.gather(*(self._kill(each, policy, wait=self._is_up(each, attempt)) for each in earlier))
         for each, error in zip(earlier, errors, strict=True):
             if error is not None and each.site == attempt.site:
                 raise error
 
-    async def _kill(self, attempt: Attempt, policy: Policy) -> Exception | None:
+    def _is_up(self, earlier: Attempt, attempt: Attempt) -> bool:
+        """Whether the site of an earlier attempt may answer; of one that is down, no other site's jobs shall wait."""
+        return earlier.site == attempt.site or not self._health.of(earlier.site).opened
+
+    async def _kill(self, attempt: Attempt, policy: Policy, *, wait: bool) -> Exception | None:
         """Have a job killed; what went wrong.
 
         One that takes long stays under way, and the next submit takes up its outcome. Begun anew by each of them, it
@@ -340,7 +355,7 @@ class Dispatcher:
         kill = self._kills.pop(attempt.job_id, None) or asyncio.create_task(
             self._kill_within(attempt, policy.patience), name=f"kill {attempt.job_id}"
         )
-        done, _ = await asyncio.wait([kill], timeout=0.2 * policy.lease)
+        done, _ = await asyncio.wait([kill], timeout=0.2 * policy.lease if wait else 0.0)
         if done:
             return kill.result()
         self._kills[attempt.job_id] = kill

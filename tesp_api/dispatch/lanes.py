@@ -83,9 +83,13 @@ class Lanes:
             self._at = now
         return True
 
-    def looked(self, world: object, room: int) -> None:
+    def looked(self, world: object, *, full: bool) -> None:
         """The tick is over."""
-        self._seen, self.full = world, room == 0
+        self._seen, self.full = world, full
+
+    def reopen(self) -> None:
+        """Something has changed that may give room to any lane, maybe in the middle of a tick."""
+        self._blocked.clear()
 
     def limit(self, room: int) -> int:
         """How many tasks to take next."""
