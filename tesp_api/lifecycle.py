@@ -305,7 +305,7 @@ def _given_up(task: Task, attempt: Attempt, now: float, reason: str, policy: Pol
 
 
 def _warning(before: Attempt, after: Attempt, quiet: str, policy: Policy) -> tuple[str, ...]:
-    """What is said of a silence once, as soon as half of patience is over; it may pass."""
+    """What is said of each silence once, as soon as half of patience is over; it may pass."""
     if after.cancel_sent is not None or not before.silence <= policy.patience / 2 < after.silence:
         return ()
     return (storable(f"{quiet} (given up after {policy.patience:g} s)"),)
@@ -345,7 +345,8 @@ def observed(task: Task, seen: Observation, now: float, policy: Policy) -> Chang
     quiet = f"The job showed no sign of life for {now - (attempt.heard or attempt.assigned):.0f} s."
     if (change := _given_up(task, attempt, now, quiet, policy)) is not None:
         return change
-    return _going_on(task, attempt, seen, now, policy, lines=_warning(before, attempt, quiet, policy))
+    so_far = f"The job showed no sign of life for {attempt.silence:.0f} s."
+    return _going_on(task, attempt, seen, now, policy, lines=_warning(before, attempt, so_far, policy))
 
 
 def reported(task: Task, seen: Observation, now: float, policy: Policy) -> Change | None:
