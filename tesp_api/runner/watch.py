@@ -19,6 +19,9 @@ LOOK = 0.1
 LONGEST_LOOK = 0.5
 """Seconds between two looks for an answer: at first, and once the job is old. A node may hold hundreds of jobs."""
 
+NAP = 0.02
+"""Seconds from one look for the wish to stop to the next of somebody who only waits."""
+
 CALM = 0.02
 """The part of its age for which an old job waits from one look to the next."""
 
@@ -87,8 +90,22 @@ class Watch:
 
     def sleep(self, seconds: float) -> None:
         """Wait, but not longer than until the wish to stop, which raises Stopped."""
-        if self.stopped.wait(seconds):
+        if self.wait(seconds):
             raise Stopped()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait, but not longer than until the wish to stop; whether that is there.
+
+        Not in the event's own wait: a signal on this thread in the middle of it would wait for the event's lock for
+        ever, which only this thread could give back.
+        """
+        end = time.monotonic() + seconds
+        while not self.stopped.is_set():
+            left = end - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(left, NAP))
+        return True
 
     def on_stop(self, hook: Callable[[], None]) -> "Hook":
         """`with watch.on_stop(hook):` hook is called once, in a thread of its own, if the wish comes meanwhile."""

@@ -40,7 +40,7 @@ def execute(
         hearing.drain(_DRAIN)
         hearing.close()
     if batch.inside():
-        setting.watch.stopped.wait(_SETTLE)
+        setting.watch.wait(_SETTLE)
     code = 128 - process.returncode if process.returncode < 0 else process.returncode
     setting.watch.check(code)
     return code
