@@ -441,7 +441,8 @@ def test_the_reaper_ends_what_a_killed_runner_left(make: Make, canceled: bool) -
     ended = [one.stdout for one in result.executors]
     assert ended in (["first\n"], ["first\n", ""])  # the runner may still hear of the second's end before its own
     assert canceled or "killed" in result.system_logs[0]
-    assert result.infrastructure is not canceled, "another try may help"
+    # Another try may help, unless the second one seems to have failed by itself.
+    assert result.infrastructure is (not canceled and len(ended) == 1)
     assert marked(made.id) == []
     assert until(lambda: made.progress()).phase == "done"
     until(lambda: not reapers(made))

@@ -143,11 +143,11 @@ def test_scancel_behind_our_back_is_the_infrastructures_fault(slurm: Slurm, serv
                     await running(site, plan.job_id, within=PATIENCE)
                 await site.submit(held)
                 await in_state(slurm, held, "PENDING")
-                for plan in (dies, exits, held):
+                for plan, codes in ((dies, [143]), (exits, [0]), (held, [])):
                     slurm.tell("scancel", slurm.job(plan.job_id)["JobId"])
                     result = await result_of(site, plan)
                     assert (result.state, result.infrastructure) == ("SYSTEM_ERROR", True), result
-                    assert result.executors == []
+                    assert [each.exit_code for each in result.executors] == codes
             finally:
                 slurm.tell("scontrol", "update", "PartitionName=long", "State=UP")
 

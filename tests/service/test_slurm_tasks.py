@@ -64,7 +64,10 @@ def test_a_job_that_others_cancelled_is_tried_again(slurm: Slurm, service: Servi
     (tmp_path / "gate").touch()
     full = service.end(task_id)
     assert full["state"] == "COMPLETE"
-    assert [len(each["logs"]) for each in full["logs"]] == [0, 1]
+    assert [len(each["logs"]) for each in full["logs"]] == [1, 1], (
+        "the executor that was stopped, and the one that ended"
+    )
+    assert [each["logs"][0]["exit_code"] == 0 for each in full["logs"]] == [False, True]
     assert "told the runner to stop" in full["logs"][0]["system_logs"][-1]
 
 
