@@ -64,10 +64,13 @@ class Process:
                 os.kill(self.pid, number)
 
     def kill_tree(self) -> None:
-        """Kill it and everything below it, the leaves first; nothing where not all of that can be seen."""
+        """Kill it and everything below it; nothing where not all of that can be seen.
+
+        From above, since a parent that lives on for a moment would take the end of a child for the child's own.
+        """
         if not self.alive:
             return
-        for pid in reversed(_tree(self.pid)):
+        for pid in _tree(self.pid):
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
 

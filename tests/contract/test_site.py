@@ -298,7 +298,7 @@ async def test_cancel_stops_a_running_job_which_leaves_a_result(place: Place, si
 @on
 async def test_cancel_during_the_submit_stops_the_job_before_its_first_executor(place: Place, site: Site) -> None:
     witness = place.jobs.parent / f"never-{id(site)}"
-    plan = new_plan("sh", "-c", f"sleep 0.3; echo ran >> {witness}")
+    plan = new_plan("sh", "-c", f"sleep 5; echo ran >> {witness}")
     submit = asyncio.create_task(site.submit(plan))
     await asyncio.sleep(0)
     await submit
