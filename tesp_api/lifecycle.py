@@ -443,6 +443,8 @@ def _ended(task: Task, result: job.Result, now: float, policy: Policy) -> Change
     elif state is TesState.CANCELED or state not in FINAL:
         system = (*system, "The job was stopped at the site, not by a cancel of this task.")
         state = TesState.SYSTEM_ERROR
+    if state is TesState.SYSTEM_ERROR and not system:
+        system = ("The job failed at the site, and its result does not say why.",)
     attempt = replace(attempt, log=log)
     if may_help and not _is_last(task, policy):
         return _again(task, attempt, now, *system, pause=_backoff(attempt, policy), streams=streams)

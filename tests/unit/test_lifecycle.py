@@ -599,6 +599,13 @@ def test_silence_is_noted_once_and_ends_with_patience() -> None:
     ]
 
 
+def test_a_failure_without_a_reason_says_so() -> None:
+    task = task_in(S.RUNNING)
+    change = lifecycle.observed(task, result(task, "SYSTEM_ERROR"), NOW, ONCE)
+    assert change is not None
+    assert (change.state, len(change.system)) == (S.SYSTEM_ERROR, 1)
+
+
 def test_a_silence_that_passes_is_told_while_it_lasts() -> None:
     task, now, told = task_in(S.RUNNING, beat=4), NOW, list[str]()
     for beat in (4, 5):
@@ -998,7 +1005,7 @@ class AnyLife(RuleBasedStateMachine):
         task = self.task
         if task.state is S.CANCELED:
             assert self.wished
-        if task.state is S.SYSTEM_ERROR and not any(each.log.end_time == "b" for each in task.attempts):
+        if task.state is S.SYSTEM_ERROR:
             assert self.said, "a system error has a reason"
         if task.state in ACTIVE:
             assert task.attempt is not None
