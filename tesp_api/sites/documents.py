@@ -98,6 +98,11 @@ def begun(found: job.Progress | None) -> bool:
     return found is None or found.phase != "waiting"
 
 
+def surely_begun(found: job.Progress | None) -> bool:
+    """Whether a runner has taken the job for sure."""
+    return found is not None and begun(found)
+
+
 def exit_code(code: int | None, found: job.Progress | None) -> int | None:
     """What the exit code of a job without a result means as a runner's.
 

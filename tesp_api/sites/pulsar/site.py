@@ -253,7 +253,7 @@ class PulsarSite:
         if time.monotonic() - self._active_at.get(job_id, -math.inf) > BELIEVED:
             return None
         progress = await self._progress(job_id)
-        if progress is None or progress.phase == "waiting":
+        if progress is None or not documents.begun(progress):
             return None
         if progress.phase != "done":
             return Observation(job_id=job_id, phase=Phase.RUNNING, progress=progress)
@@ -287,7 +287,7 @@ class PulsarSite:
             return Observation(job_id=job_id, phase=Phase.WAITING)
         progress = await (self._latest(job_id) if self._carrier.by_mail else self._progress(job_id))
         # A Pulsar that could not take a job up again may call it queued for ever; what has begun has a pulse.
-        begun = progress is not None and progress.phase != "waiting"
+        begun = documents.surely_begun(progress)
         queued = status.state in WAITING and not begun
         still = self._is_still(job_id, progress)
         if queued and self.facts.batch:
@@ -338,7 +338,7 @@ class PulsarSite:
         doubtful = _is_vague(status) or (self.facts.batch and status.state == "cancelled")
         if not doubtful or progress is None or progress.phase == "done":
             return False
-        if status.state == "cancelled" and progress.phase == "waiting":
+        if status.state == "cancelled" and not documents.begun(progress):
             return False
         return not self._is_still(job_id, progress)
 
@@ -635,7 +635,7 @@ async def _sent_result(job_id: str, status: Status) -> job.Result | None:
 
 def _is_fresh(progress: job.Progress | None) -> bool:
     """Whether no runner has touched the job's directory: a late launch of a job that was removed before it came."""
-    return progress is not None and progress.phase == "waiting"
+    return not documents.begun(progress)
 
 
 def _is_active(status: Status | None) -> bool:
